@@ -1,0 +1,46 @@
+"""Federated LoRA fine-tuning with exact aggregation (FedEx-LoRA, arXiv 2410.09432) for the Hugging Face stack."""
+
+from fedex_hf import _versions  # noqa: F401  first: an unsupported transformers is refused before it is used
+from fedex_hf.aggregators import (
+    AGGREGATORS,
+    Aggregator,
+    FedExAggregator,
+    FedITAggregator,
+    FFALoRAAggregator,
+    get_aggregator,
+)
+from fedex_hf.base_model import AdaptedModel, Ledger, UnsupportedModelError
+from fedex_hf.callbacks import FederatedCallback
+from fedex_hf.checkpoint import CheckpointMismatchError, RoundState
+from fedex_hf.evaluation import Exactness, LayerExactness, measure_exactness
+from fedex_hf.partition import describe_partition, partition_dataset
+from fedex_hf.trainer import FederatedTrainer
+from fedex_hf.training_args import FederatedTrainingArguments
+from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta, NonFiniteUpdateError
+
+
+__all__ = [
+    "AGGREGATORS",
+    "AdaptedModel",
+    "Aggregator",
+    "CheckpointMismatchError",
+    "ClientUpdate",
+    "Exactness",
+    "FFALoRAAggregator",
+    "FedExAggregator",
+    "FedITAggregator",
+    "FederatedCallback",
+    "FederatedTrainer",
+    "FederatedTrainingArguments",
+    "GlobalUpdate",
+    "LayerExactness",
+    "Ledger",
+    "LowRankDelta",
+    "NonFiniteUpdateError",
+    "RoundState",
+    "UnsupportedModelError",
+    "describe_partition",
+    "get_aggregator",
+    "measure_exactness",
+    "partition_dataset",
+]

@@ -1,0 +1,132 @@
+"""What every aggregation method shares: tensors in, tensors out; no model, no device, no files."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+
+from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
+
+
+class Aggregator(ABC):
+    """Turns the clients' updates of one round into the next global state.
+
+    A method is one subclass in one file of this folder plus one line of the registry in `__init__.py`.
+
+    Attributes:
+        name: Key in the registry.
+        paper: Where the method comes from.
+        is_exact: Whether the effective weight after a round is the weighted mean of the clients' effective weights.
+        trained_factors: The LoRA factors that clients train and send.
+        changes_base: Whether the method adds a residual to the frozen base weight.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    is_exact: bool
+    trained_factors: ClassVar[tuple[str, ...]] = ("A", "B")
+    changes_base: ClassVar[bool] = False
+
+    def configure_model(self, model: torch.nn.Module) -> None:
+        """Prepare the model once before the first round, for example by freezing a factor. Default: nothing."""
+
+    @abstractmethod
+    def aggregate_layer(
+        self, factors: Sequence[LowRankDelta], client_weights: torch.Tensor
+    ) -> tuple[LowRankDelta, LowRankDelta | None]:
+        """Aggregate one layer.
+
+        Args:
+            factors: The k clients' factors, `A` of shape `(r, in_features)` and `B` of shape `(out_features, r)`.
+            client_weights: Tensor of shape `(k,)`, float64, positive, sum 1.
+
+        Returns:
+            The new global factors in the dtype of `factors`, and the residual to add to the base weight (or `None`).
+        """
+
+    def aggregate(self, updates: Sequence[ClientUpdate], client_weights: Sequence[float]) -> GlobalUpdate:
+        """Aggregate a round: every adapted layer by `aggregate_layer`, every other tensor by the weighted mean.
+
+        Args:
+            updates: At least one client's update; all name the same layers and tensors with the same shapes.
+            client_weights: One positive number per update, in the same order; they are normalised to sum 1.
+
+        Raises:
+            ValueError: If the updates do not fit together or a weight is not positive and finite.
+        """
+        weights = normalise(client_weights, len(updates))
+        _check_same_layout(updates)
+        adapters: dict[str, LowRankDelta] = {}
+        residuals: dict[str, LowRankDelta] = {}
+        for layer in updates[0].adapters:
+            adapters[layer], residual = self.aggregate_layer([update.adapters[layer] for update in updates], weights)
+            if residual is not None:
+                residuals[layer] = residual
+        tensors = {
+            name: weighted_mean([update.tensors[name] for update in updates], weights).to(tensor.dtype)
+            for name, tensor in updates[0].tensors.items()
+        }
+        return GlobalUpdate(adapters=adapters, tensors=tensors, residuals=residuals)
+
+
+def normalise(client_weights: Sequence[float], num_updates: int) -> torch.Tensor:
+    """Client weights as a float64 tensor of shape `(k,)` with sum 1.
+
+    Raises:
+        ValueError: If there are no updates, the numbers differ, or a weight is not positive and finite.
+
+    Example:
+        >>> normalise([30, 10], 2)
+        tensor([0.7500, 0.2500], dtype=torch.float64)
+    """
+    weights = torch.as_tensor(client_weights, dtype=torch.float64)
+    if num_updates == 0 or weights.shape != (num_updates,):
+        raise ValueError(
+            f"`client_weights` has shape {tuple(weights.shape)} for {num_updates} updates. Allowed: one weight per "
+            "update, and at least one update."
+        )
+    if not bool((torch.isfinite(weights) & (weights > 0)).all()):
+        raise ValueError(
+            f"`client_weights` is {weights.tolist()}. Allowed: positive finite numbers; leave a client that should "
+            "not count out of the round."
+        )
+    return weights / weights.sum()
+
+
+def weighted_mean(tensors: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean of k tensors of one shape, accumulated in float64 and returned in float64."""
+    mean = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for tensor, weight in zip(tensors, weights.tolist(), strict=True):
+        mean.add_(tensor.double(), alpha=weight)
+    return mean
+
+
+def mean_factors(factors: Sequence[LowRankDelta], weights: torch.Tensor) -> LowRankDelta:
+    """The averaged factors `Ā = sum w_i A_i` and `B̄ = sum w_i B_i`, rounded once to the dtype of the inputs."""
+    first = factors[0]
+    A = weighted_mean([delta.A for delta in factors], weights).to(first.A.dtype)
+    B = weighted_mean([delta.B for delta in factors], weights).to(first.B.dtype)
+    return LowRankDelta(A, B, first.scaling)
+
+
+def _check_same_layout(updates: Sequence[ClientUpdate]) -> None:
+    first = _layout(updates[0])
+    for update in updates[1:]:
+        layout = _layout(update)
+        if layout != first:
+            name = next(key for key in [*first, *layout] if first.get(key) != layout.get(key))
+            raise ValueError(
+                f"The updates of clients `{updates[0].client_id}` and `{update.client_id}` do not fit together: "
+                f"`{name}` is {first.get(name, 'missing')} in the one and {layout.get(name, 'missing')} in the other. "
+                "All clients must train the same layers with the same rank and `lora_alpha`."
+            )
+
+
+def _layout(update: ClientUpdate) -> Mapping[str, tuple]:
+    layers = {
+        name: (tuple(delta.A.shape), tuple(delta.B.shape), delta.scaling) for name, delta in update.adapters.items()
+    }
+    return layers | {name: tuple(tensor.shape) for name, tensor in update.tensors.items()}

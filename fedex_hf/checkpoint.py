@@ -1,0 +1,253 @@
+"""Room 7a: round checkpoints. Written whole or not at all, and refused where they do not belong.
+
+    checkpoint-N/                 N = optimizer steps so far, as in `Trainer`
+        trainer_state.json  rng_state.pth  training_args.bin
+        federation/
+            state.json            round, fingerprint of the run, the files with their sizes
+            state.safetensors     adapter factors and every other trained tensor
+            ledger.safetensors    the sum of all residuals, float32
+            clients/0.pt          optimizer state of client 0, if kept
+
+The adapter lies one level down, so that nothing takes a checkpoint for a plain adapter on the original base: without
+the ledger that would be a different model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fedex_hf.base_model import AdaptedModel, Ledger
+from fedex_hf.updates import GlobalUpdate, LowRankDelta
+
+
+FOLDER = "federation"
+_STATE, _LEDGER, _META = "state.safetensors", "ledger.safetensors", "state.json"
+_FORMAT = 1
+_UNFINISHED = ".unfinished-"
+_CHECKPOINT = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
+
+
+class CheckpointMismatchError(ValueError):
+    """A checkpoint is damaged, or belongs to another run; the message names what differs."""
+
+
+@dataclass
+class RoundState:
+    """Everything a federation is between two rounds.
+
+    Args:
+        round: Last completed round, counted from 1; 0 before the first.
+        state: Global adapters and other trained tensors.
+        ledger: All residuals so far.
+        optimizer_states: Client -> state of its optimizer after its last round, where kept.
+    """
+
+    round: int
+    state: GlobalUpdate
+    ledger: Ledger = field(default_factory=Ledger)
+    optimizer_states: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def save_round(directory: Path, round_state: RoundState, fingerprint: Mapping[str, Any], clients: list[str]) -> None:
+    """Write a round into `directory/federation`; `atomic_directory` makes the whole durable."""
+    folder = directory / FOLDER
+    (folder / "clients").mkdir(parents=True)
+    tensors = {f"tensors/{name}": tensor for name, tensor in round_state.state.tensors.items()}
+    save_file(_contiguous(_flatten(round_state.state.adapters) | tensors), folder / _STATE)
+    matrices = {f"matrices/{name}": matrix for name, matrix in round_state.ledger.matrices.items()}
+    save_file(_contiguous(_flatten(round_state.ledger.factors) | matrices), folder / _LEDGER)
+    for client_id, optimizer_state in round_state.optimizer_states.items():
+        torch.save(optimizer_state, folder / "clients" / f"{clients.index(client_id)}.pt")
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    meta = {"format": _FORMAT, "round": round_state.round, "fingerprint": fingerprint, "files": files}
+    (folder / _META).write_text(json.dumps(meta, indent=2, sort_keys=True))
+
+
+def load_round(
+    directory: str | os.PathLike, fingerprint: Mapping[str, Any], adapted: AdaptedModel, clients: list[str]
+) -> RoundState:
+    """Read a round back.
+
+    Args:
+        directory: A `checkpoint-N` folder.
+        fingerprint: Of the run that wants to continue; must equal the stored one.
+        adapted: The model, for the layers' scalings.
+        clients: The federation's clients in their order.
+
+    Raises:
+        CheckpointMismatchError: If the folder is no round checkpoint, is incomplete, or is of another run.
+    """
+    folder = Path(directory) / FOLDER
+    meta = _read_meta(folder)
+    differing = [key for key in fingerprint if meta["fingerprint"].get(key) != _jsonable(fingerprint[key])]
+    if differing:
+        raise CheckpointMismatchError(
+            f"The checkpoint `{directory}` belongs to another run: "
+            + "; ".join(
+                _difference(key, meta["fingerprint"].get(key), _jsonable(fingerprint[key])) for key in differing
+            )
+            + ". Resume with the model, adapter, aggregator and clients it was written with, or start anew in another "
+            "`output_dir`."
+        )
+    state, ledger = load_file(folder / _STATE), load_file(folder / _LEDGER)
+    scalings = {name: site.scaling for name, site in adapted.sites.items()}
+    return RoundState(
+        round=meta["round"],
+        state=GlobalUpdate(adapters=_unflatten(state, scalings), tensors=_with_prefix(state, "tensors/")),
+        ledger=Ledger(_unflatten(ledger, scalings), _with_prefix(ledger, "matrices/")),
+        optimizer_states={
+            clients[int(path.stem)]: torch.load(path, weights_only=True)
+            for path in sorted((folder / "clients").glob("*.pt"))
+        },
+    )
+
+
+def fingerprint_of(adapted: AdaptedModel, **settings: Any) -> dict[str, Any]:
+    """What must be equal for a checkpoint to continue a run.
+
+    Args:
+        adapted: The model; its original base weights, layer shapes and scalings go in.
+        settings: JSON values that also must be equal, such as the aggregator's name.
+    """
+    digest = hashlib.sha256()
+    for name, site in adapted.sites.items():
+        weight = adapted.originals.get(name)
+        weight = site.base_weight.detach() if weight is None else weight
+        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+    layers = {
+        name: {"A": list(site.A.shape), "B": list(site.B.shape), "scaling": site.scaling}
+        for name, site in adapted.sites.items()
+    }
+    return settings | {
+        "model": type(adapted.model.get_base_model()).__name__,
+        "LoRA layers": layers,
+        "other trained tensors": {name: list(tensor.shape) for name, tensor in adapted.tensors.items()},
+        "base weights (sha256)": digest.hexdigest(),
+    }
+
+
+def checkpoints_in(output_dir: str | os.PathLike) -> list[Path]:
+    """The finished checkpoints of a folder, oldest first by their step."""
+    output = Path(output_dir)
+    found = [path for path in output.iterdir() if _CHECKPOINT.match(path.name)] if output.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+@contextmanager
+def atomic_directory(final: Path) -> Iterator[Path]:
+    """Yield a folder to write into; on success it is on the disk under its final name, otherwise it does not exist.
+
+    A process that dies in between leaves a hidden folder, which nothing takes for a checkpoint and
+    `remove_unfinished` deletes.
+    """
+    unfinished = final.with_name(_UNFINISHED + final.name)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    for path in [*unfinished.rglob("*"), unfinished]:
+        _fsync(path)
+    discard(final)
+    unfinished.rename(final)
+    _fsync(final.parent)
+
+
+def discard(directory: Path) -> None:
+    """Delete a checkpoint so that at no moment half of it has the name of a whole one."""
+    if directory.exists():
+        unfinished = directory.with_name(f"{_UNFINISHED}deleted-{directory.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        directory.rename(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
+    """Delete the oldest checkpoints down to `limit`, never the newest and never `keep`, the best one."""
+    if limit is None or limit <= 0:
+        return
+    checkpoints = checkpoints_in(output_dir)
+    surplus = [path for path in checkpoints[:-1] if keep is None or path != Path(keep)]
+    for path in surplus[: max(len(checkpoints) - limit, 0)]:
+        discard(path)
+
+
+def remove_unfinished(output_dir: str | os.PathLike) -> None:
+    """Delete what a killed process left half-written or half-deleted."""
+    for path in Path(output_dir).glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((folder / _META).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointMismatchError(
+            f"`{folder.parent}` is not a round checkpoint of `FederatedTrainer`: `{FOLDER}/{_META}` cannot be read "
+            f"({error}). Pass a `checkpoint-N` folder that a federated run has written."
+        ) from error
+    if meta.get("format") != _FORMAT:
+        raise CheckpointMismatchError(
+            f"`{folder.parent}` has format {meta.get('format')}; this version of fedex_hf reads format {_FORMAT}."
+        )
+    for name, size in meta["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise CheckpointMismatchError(
+                f"`{folder.parent}` is incomplete: `{FOLDER}/{name}` should have {size} bytes. Resume from an older "
+                "checkpoint."
+            )
+    return meta
+
+
+def _flatten(deltas: Mapping[str, LowRankDelta]) -> dict[str, torch.Tensor]:
+    return {f"{factor}/{name}": getattr(delta, factor) for name, delta in deltas.items() for factor in ("A", "B")}
+
+
+def _unflatten(tensors: Mapping[str, torch.Tensor], scalings: Mapping[str, float]) -> dict[str, LowRankDelta]:
+    A, B = _with_prefix(tensors, "A/"), _with_prefix(tensors, "B/")
+    return {name: LowRankDelta(A[name], B[name], scalings[name]) for name in A}
+
+
+def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    # A copy in memory of its own: views into the file's buffer are not aligned, and the matrix products of some
+    # libraries then round differently, which would break resuming bit for bit.
+    return {name.removeprefix(prefix): tensors[name].clone() for name in tensors if name.startswith(prefix)}
+
+
+def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _jsonable(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _difference(key: str, there: Any, here: Any) -> str:
+    if isinstance(there, dict) and isinstance(here, dict):
+        name = next(name for name in [*there, *here] if there.get(name) != here.get(name))
+        return f"{key}: `{name}` is {there.get(name)} there and {here.get(name)} here"
+    return f"{key} is {there} there and {here} here"
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,281 @@
+"""Room 2: local fits. One living `Trainer` of the user's class trains every client in turn on the shared model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput, has_length
+
+from fedex_hf.training_args import FederatedTrainingArguments
+
+
+if TYPE_CHECKING:
+    from fedex_hf.callbacks import ClientBridge
+
+# What the federation does itself, between rounds; a client's trainer only trains, evaluates and predicts.
+_FEDERATION_OWNS = {
+    "eval_strategy": IntervalStrategy.NO,
+    "eval_on_start": False,
+    "save_strategy": SaveStrategy.NO,
+    "load_best_model_at_end": False,
+    "logging_strategy": IntervalStrategy.NO,
+    "logging_first_step": False,
+    "report_to": [],
+    "push_to_hub": False,
+    "disable_tqdm": True,
+    "use_liger_kernel": False,
+    "neftune_noise_alpha": None,
+}
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """What is particular about one local fit.
+
+    Args:
+        round: Server round, counted from 1.
+        num_rounds: Rounds over which `lr_schedule="run"` stretches the learning-rate schedule.
+        optimizer_state: State of the client's optimizer after its last round, or `None` for a fresh optimizer.
+    """
+
+    round: int
+    num_rounds: int
+    continue_schedule: bool
+    optimizer_state: Mapping[str, Any] | None = None
+
+
+class _ClientFit(Trainer):
+    """Put in front of the user's `Trainer` class: the optimizer and the schedule of one fit."""
+
+    plan: FitPlan
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.plan.optimizer_state is not None:
+            # Moments and step counts only: the learning rate belongs to the schedule of this fit.
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": self.plan.optimizer_state})
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        if not self.plan.continue_schedule:
+            return super().create_scheduler(num_training_steps, *args, **kwargs)
+        scheduler = super().create_scheduler(num_training_steps * self.plan.num_rounds, *args, **kwargs)
+        if not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f'`lr_schedule="run"` cannot continue a `{type(scheduler).__name__}`. Use `lr_schedule="round"`, or a '
+                "schedule that is a function of the step."
+            )
+        done = (self.plan.round - 1) * num_training_steps
+        for group in scheduler.optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
+        shifted = [lambda step, schedule=schedule: schedule(step + done) for schedule in scheduler.lr_lambdas]
+        self.lr_scheduler = LambdaLR(scheduler.optimizer, shifted)
+        return self.lr_scheduler
+
+
+class ClientRunner:
+    """Runs the local fits of a federation on one shared model.
+
+    A `Trainer` class that prepares its dataset in its constructor (TRL's `SFTTrainer`) is constructed once per client
+    to prepare it; all fits then run in the first trainer, whose dataset is exchanged. Optimizer and scheduler are new
+    in every fit, so nothing passes from one client to the next.
+
+    Args:
+        trainer_cls: The user's `Trainer` class.
+        trainer_kwargs: Arguments of its constructor; `train_dataset`, `eval_dataset` and `callbacks` come from here.
+        args: Arguments of the federation.
+        datasets: Client -> its dataset.
+        eval_dataset: Dataset(s) for evaluation.
+        bridge: Callback that forwards events.
+    """
+
+    def __init__(
+        self,
+        trainer_cls: type[Trainer],
+        trainer_kwargs: dict[str, Any],
+        args: FederatedTrainingArguments,
+        datasets: Mapping[str, Any],
+        eval_dataset: Any,
+        bridge: ClientBridge,
+    ) -> None:
+        self.args = args
+        self.datasets = datasets
+        self.order = {client_id: index for index, client_id in enumerate(datasets)}
+        self._class = type(f"Client{trainer_cls.__name__}", (_ClientFit, trainer_cls), {})
+        template = trainer_kwargs.pop("args", None)
+        self._kwargs = trainer_kwargs
+        self._client_args = client_args(args, template)
+        self._sizes: dict[str, tuple[int, float]] = {}
+        first = next(iter(datasets))
+        self.trainer = self._build(datasets[first], eval_dataset, bridge)
+        self._prepares_dataset = self.trainer.train_dataset is not datasets[first]
+        self._prepared = {first: self.trainer.train_dataset}
+
+    def num_steps(self, client_id: str) -> int:
+        """Optimizer steps of one fit of this client."""
+        return self._size(client_id)[0]
+
+    def num_samples(self, client_id: str) -> float:
+        """Training samples that one fit of this client reads, epochs counted."""
+        return self._size(client_id)[1]
+
+    def num_examples(self, client_id: str) -> int:
+        """Examples the client holds, or, for a stream, examples it reads in one round."""
+        dataset = self.datasets[client_id]
+        return len(dataset) if has_length(dataset) else self.num_steps(client_id) * self._examples_per_step
+
+    def fit(self, client_id: str, plan: FitPlan, earlier_rounds: int) -> TrainOutput:
+        """Train the shared model on one client's data.
+
+        Args:
+            client_id: The client.
+            plan: What is particular about this fit.
+            earlier_rounds: Rounds in which this client was sampled before; a stream goes on where it stopped.
+        """
+        trainer, dataset = self.trainer, self._dataset(client_id)
+        if not has_length(dataset):
+            dataset = _ContinuedStream(dataset, skip=earlier_rounds * self.num_examples(client_id))
+        trainer.train_dataset = dataset
+        trainer.plan = plan
+        trainer.optimizer = trainer.lr_scheduler = None
+        seed = self._seed(self.args.seed, plan.round, client_id)
+        if self.args.data_seed is not None:
+            data_seed = self._seed(self.args.data_seed, plan.round, client_id)
+            trainer.accelerator.dataloader_config.data_seed = data_seed
+        with isolated_rng():
+            set_seed(seed)
+            return trainer.train()
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """State of the optimizer after the last fit, copied to the CPU."""
+        return _to_cpu(self.trainer.optimizer.state_dict()["state"])
+
+    def _size(self, client_id: str) -> tuple[int, float]:
+        if client_id not in self._sizes:
+            self.trainer.train_dataset = self._dataset(client_id)
+            loader = self.trainer.get_train_dataloader()
+            values = self.trainer.set_initial_training_values(self.trainer.args, loader)
+            self._sizes[client_id] = values[-1], values[3]  # max_steps, num_train_samples
+        return self._sizes[client_id]
+
+    def _dataset(self, client_id: str) -> Any:
+        if client_id not in self._prepared:
+            dataset = self.datasets[client_id]
+            self._prepared[client_id] = (
+                self._build(dataset, None, None).train_dataset if self._prepares_dataset else dataset
+            )
+        return self._prepared[client_id]
+
+    def _build(self, dataset: Any, eval_dataset: Any, bridge: ClientBridge | None) -> _ClientFit:
+        with isolated_rng():
+            trainer = self._class(
+                args=copy.copy(self._client_args),
+                train_dataset=dataset,
+                **({} if eval_dataset is None else {"eval_dataset": eval_dataset}),
+                **({} if bridge is None else {"callbacks": [bridge]}),
+                **self._kwargs,
+            )
+        trainer.pop_callback(PrinterCallback)
+        trainer.plan = FitPlan(round=1, num_rounds=1, continue_schedule=False)
+        return trainer
+
+    def _seed(self, seed: int, round: int, client_id: str) -> int:
+        return client_seed(seed, round, self.order[client_id])
+
+    @property
+    def _examples_per_step(self) -> int:
+        args = self.trainer.args
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def client_seed(seed: int, round: int, index: int) -> int:
+    """Seed of one client's fit in one round: a pure function, so that it depends on nothing that ran before.
+
+    The first client of the first round gets `seed` itself, so that a federation of one client and one round is the
+    plain `Trainer`, step for step.
+
+    Args:
+        seed: The run's seed.
+        round: Server round, counted from 1.
+        index: Position of the client in the federation, from 0.
+    """
+    if round == 1 and index == 0:
+        return seed
+    digest = hashlib.sha256(f"fedex_hf/{seed}/{round}/{index}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") % 2**31
+
+
+def client_args(args: FederatedTrainingArguments, template: TrainingArguments | None) -> TrainingArguments:
+    """Arguments of a client's trainer.
+
+    Args:
+        args: Arguments of the federation; they decide every field of `TrainingArguments`.
+        template: Arguments of the class that the client's trainer wants (`SFTConfig`, `Seq2SeqTrainingArguments`);
+            its own further fields are kept.
+    """
+    names = [f.name for f in fields(TrainingArguments) if f.init]
+    if template is not None:
+        result = copy.copy(template)
+        for name in names:
+            setattr(result, name, getattr(args, name))
+    elif type(args) is FederatedTrainingArguments:
+        result = TrainingArguments(**{name: getattr(args, name) for name in names})
+    else:  # the user's own class that joins ours with, say, SFTConfig
+        result = copy.copy(args)
+    for name, value in _FEDERATION_OWNS.items():
+        setattr(result, name, value)
+    return result
+
+
+@contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Restore the random number generators of Python, NumPy and torch (all devices) on leaving."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+class _ContinuedStream(torch.utils.data.IterableDataset):
+    """A stream read on from where the client's last round stopped; at its end it starts again."""
+
+    def __init__(self, dataset: Any, skip: int) -> None:
+        self.dataset = dataset
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[Any]:
+        to_skip, epoch = self.skip, 0
+        while True:
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch)
+            empty = True
+            for example in self.dataset:
+                empty = False
+                if to_skip > 0:
+                    to_skip -= 1
+                else:
+                    yield example
+            if empty:
+                return
+            epoch += 1
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,119 @@
+"""Room 6: the exactness certificate, measured on what is installed in the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedex_hf.aggregators.base import mean_factors, normalise
+from fedex_hf.base_model import AdaptedModel, Ledger
+from fedex_hf.low_rank import concatenate
+from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
+
+
+@dataclass(frozen=True)
+class LayerExactness:
+    """Frobenius norms for one layer and one round, float64.
+
+    Args:
+        change: Norm of the ideal change of the effective weight, `sum w_i (W + dW_i) - (W + dW)`.
+        error: Norm of (effective weight that is installed - ideal effective weight).
+        fedit: Norm of (effective weight that FedIT would have installed - ideal effective weight).
+    """
+
+    change: float
+    error: float
+    fedit: float
+
+    @property
+    def aggregation_error(self) -> float:
+        """`error` relative to `change`."""
+        return _ratio(self.error, self.change)
+
+    @property
+    def fedit_deviation(self) -> float:
+        """`fedit` relative to `change`."""
+        return _ratio(self.fedit, self.change)
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """The certificate of one round: how far the installed effective weights are from the float64 ideal.
+
+    Args:
+        layers: Layer name -> its norms.
+    """
+
+    layers: Mapping[str, LayerExactness]
+
+    @property
+    def aggregation_error(self) -> float:
+        """Relative error over all adapted layers: root of the summed squares, relative to that of the ideal change."""
+        return _ratio(self._norm("error"), self._norm("change"))
+
+    @property
+    def fedit_deviation(self) -> float:
+        """The relative error that averaging the factors would have had in this round."""
+        return _ratio(self._norm("fedit"), self._norm("change"))
+
+    def _norm(self, name: str) -> float:
+        return math.sqrt(math.fsum(getattr(layer, name) ** 2 for layer in self.layers.values()))
+
+
+@torch.no_grad()
+def measure_exactness(
+    adapted: AdaptedModel,
+    before: GlobalUpdate,
+    ledger_before: Ledger,
+    updates: Sequence[ClientUpdate],
+    client_weights: Sequence[float],
+) -> Exactness:
+    """Compare the effective weights that the model holds now with the weighted mean of the clients'.
+
+    Nothing is taken from the aggregator: the installed side is read from the live parameters, the ideal side is
+    formed densely in float64 from the clients' factors, and PEFT says how a factored update lies in a weight. One
+    layer is dense at a time.
+
+    Args:
+        adapted: The model after the round's update was applied.
+        before: The adapters that the clients started the round from.
+        ledger_before: The ledger that was installed while they trained.
+        updates: The clients' updates of this round.
+        client_weights: One positive number per update.
+    """
+    weights = normalise(client_weights, len(updates))
+    layers = {}
+    for name, site in adapted.sites.items():
+        factors = [update.adapters[name] for update in updates]
+        # Relative to the base weight that the clients trained on, which is the same in all terms.
+        ideal = site.dense(_weighted_sum(factors, weights))
+        installed = site.dense(site.read()) + (
+            site.base_weight.detach().cpu().double() - adapted.base_weight_at(name, ledger_before).double()
+        )
+        layers[name] = LayerExactness(
+            change=_norm(ideal - site.dense(before.adapters[name])),
+            error=_norm(installed - ideal),
+            fedit=_norm(site.dense(mean_factors(factors, weights)) - ideal),
+        )
+    return Exactness(layers)
+
+
+def _weighted_sum(factors: Sequence[LowRankDelta], weights: torch.Tensor) -> LowRankDelta:
+    """`sum w_i B_i A_i` with the factors stacked, float64."""
+    return concatenate(
+        [
+            LowRankDelta(delta.A.double(), delta.B.double() * weight, delta.scaling)
+            for delta, weight in zip(factors, weights.tolist(), strict=True)
+        ]
+    )
+
+
+def _norm(matrix: torch.Tensor) -> float:
+    return torch.linalg.matrix_norm(matrix).item()
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else (0.0 if part == 0 else math.inf)

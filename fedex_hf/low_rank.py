@@ -1,0 +1,74 @@
+"""Algebra of `LowRankDelta`: sums, exact recompression, best approximation; never an m x n matrix.
+
+A product `B @ A` of rank at most rho is described by the QR factors of `B` and of `A` transposed and a rho x rho core;
+everything here costs O((m + n) rho^2). Computed in float64, returned in the dtype that came in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from fedex_hf.updates import LowRankDelta
+
+
+def concatenate(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
+    """Sum of updates of one layer by stacking their factors; the rank is the sum of the ranks.
+
+    Args:
+        deltas: Updates of equal shape. Where scalings differ, the ratio to the first one's goes into `B`.
+
+    Raises:
+        ValueError: If `deltas` is empty.
+
+    Example:
+        >>> one = LowRankDelta(torch.ones(1, 2), torch.ones(3, 1), scaling=2.0)
+        >>> concatenate([one, one]).to_dense()[0]
+        tensor([4., 4.], dtype=torch.float64)
+    """
+    if not deltas:
+        raise ValueError("`deltas` is empty: there is nothing to sum, and no shape to return a zero of.")
+    scaling = deltas[0].scaling
+    A = torch.cat([delta.A for delta in deltas])
+    B = torch.cat([delta.B * (delta.scaling / scaling) for delta in deltas], dim=1)
+    return LowRankDelta(A, B, scaling)
+
+
+def compress(delta: LowRankDelta, rank: int | None = None) -> LowRankDelta:
+    """The same update with the fewest factors, or its best approximation of a given rank (Eckart-Young).
+
+    FedEx-LoRA eqs. 17, 18 name the truncated SVD of the residual; here it is taken from the factors.
+
+    Args:
+        delta: Update of shape `(out_features, in_features)` in factored form.
+        rank: Largest rank to keep; `None` keeps everything above float64 rounding.
+
+    Returns:
+        Factors of rank at most `min(rank, in_features, out_features)`, each singular value split evenly between `A`
+        and `B`, with the scaling of `delta`.
+    """
+    left, core, right = _core(delta)
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    # Anything below this is rounding of the input's own dtype: it carries nothing and would only cost rank.
+    noise = torch.finfo(delta.A.dtype).eps * S[:1].max().item() * 1e-2 if S.numel() else 0.0
+    keep = max(int((noise < S).sum()), 1)
+    keep = keep if rank is None else min(keep, rank)
+    root = S[:keep].sqrt()
+    B = (left @ (U[:, :keep] * root)).to(delta.B.dtype)
+    A = ((root[:, None] * Vh[:keep]) @ right.T).to(delta.A.dtype)
+    return LowRankDelta(A.contiguous(), B.contiguous(), delta.scaling)
+
+
+def max_useful_rank(delta: LowRankDelta) -> int:
+    """The rank at which two factors hold as many numbers as the dense update: in * out / (in + out), rounded up."""
+    out_features, in_features = delta.B.shape[0], delta.A.shape[1]
+    return math.ceil(in_features * out_features / (in_features + out_features))
+
+
+def _core(delta: LowRankDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Orthonormal `left`, `right` and a small `core` with `B @ A = left @ core @ right.T`, in float64."""
+    left, left_core = torch.linalg.qr(delta.B.double())
+    right, right_core = torch.linalg.qr(delta.A.double().T)
+    return left, left_core @ right_core.T, right

@@ -1,0 +1,313 @@
+"""The run around the rounds: a `Trainer` whose epoch is a round, with its state, logs, evaluation and checkpoints."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import DEFAULT_CALLBACKS, DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, TrainOutput
+from transformers.utils import logging
+
+from fedex_hf import checkpoint as ckpt
+from fedex_hf.base_model import AdaptedModel
+from fedex_hf.callbacks import FederatedCallback
+from fedex_hf.client import ClientRunner
+from fedex_hf.saving import save_full_model
+from fedex_hf.training_args import FederatedTrainingArguments
+
+
+logger = logging.get_logger(__name__)
+
+
+class RoundTrainer(Trainer):
+    """What `FederatedTrainer` shares with any run in rounds; subclasses bring `run_round` and `sample_clients`."""
+
+    args: FederatedTrainingArguments
+    adapted: AdaptedModel
+    clients: ClientRunner
+    federation: ckpt.RoundState
+
+    def run_round(self, round: int) -> dict[str, float]:
+        raise NotImplementedError
+
+    def sample_clients(self, round: int) -> list[str]:
+        raise NotImplementedError
+
+    # ---- The run ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Run all rounds; see `Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: A `checkpoint-N` folder, or `True` for the newest finished one of `output_dir`.
+                With `True` and none written yet, the run starts at round 1, so that the same command line works
+                whenever the process died.
+            kwargs: As in `Trainer.train`.
+
+        Returns:
+            As `Trainer.train`; `metrics` also hold the certificate of the run, over all rounds so far:
+            `max_aggregation_error` and `mean_fedit_deviation`.
+
+        Raises:
+            ValueError: If `output_dir` holds another run and this one is not to continue it.
+            CheckpointMismatchError: If the checkpoint is of another model, rank, aggregator or set of clients.
+        """
+        found = ckpt.checkpoints_in(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            ckpt.remove_unfinished(self.args.output_dir)
+            resume_from_checkpoint = str(found[-1]) if found else None
+            if not found:
+                logger.warning(f"No checkpoint in `{self.args.output_dir}` yet: starting at round 1.")
+        elif not resume_from_checkpoint and found:
+            raise ValueError(
+                f"`output_dir={self.args.output_dir!r}` holds another run ({len(found)} checkpoints up to "
+                f"`{found[-1].name}`). Continue it with `train(resume_from_checkpoint=True)`, choose another "
+                "`output_dir`, or delete the checkpoints."
+            )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _inner_training_loop(
+        self,
+        batch_size: int | None = None,
+        args: TrainingArguments | None = None,
+        resume_from_checkpoint: str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        start_time = time.time()
+        with _frozen_garbage_collector():
+            stopped = self._begin_run(resume_from_checkpoint)
+            self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+            if self.args.eval_on_start:
+                self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+            first = self.args.num_rounds + 1 if stopped else self.federation.round + 1
+            for round in range(first, self.args.num_rounds + 1):
+                self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
+                self._round_began_at = self.state.global_step
+                self.run_round(round)
+                self.state.epoch = float(round)
+                self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+                self.control.should_evaluate |= self._evaluate_after_round
+                self.control.should_save |= self._save_after_round
+                self._evaluate_after_round = self._save_after_round = False
+                self._maybe_log_save_evaluate(
+                    self._tr_loss, None, self.model, trial, round, ignore_keys_for_eval, start_time, self.learning_rate
+                )
+                if self.control.should_training_stop:
+                    break
+            output = self._finalize_training(trial, self._num_train_samples(), start_time)
+        return TrainOutput(output.global_step, output.training_loss, output.metrics | self._certificate())
+
+    def _begin_run(self, resume_from_checkpoint: str | None) -> bool:
+        """Set the run's state up; returns whether a resumed run had already been stopped early."""
+        if resume_from_checkpoint is None:
+            self.federation = ckpt.RoundState(0, self.adapted.read(), self.federation.ledger)
+        self._steps_of_round = {
+            round: sum(self.clients.num_steps(client_id) for client_id in self.sample_clients(round))
+            for round in range(1, self.args.num_rounds + 1)
+        }
+        max_steps = sum(self._steps_of_round.values())
+        self._init_training_state(max_steps, max_steps, self.args.num_rounds, resume_from_checkpoint, None)
+        stopped = resume_from_checkpoint is not None and _was_stopped_early(Path(resume_from_checkpoint))
+        self._load_rng_state(resume_from_checkpoint)
+        self._tr_loss = torch.tensor(0.0, device=self.args.device)
+        self._total_loss_scalar = 0.0
+        self.learning_rate = self.args.learning_rate
+        self._initial_global_step = self._globalstep_last_logged = self.state.global_step
+        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
+        self._evaluate_after_round = self._save_after_round = False
+        logger.info(
+            f"***** Running federated training: {self.args.num_rounds} rounds, {len(self.clients.datasets)} clients, "
+            f"{max_steps:,} optimizer steps, from round {self.federation.round + 1} *****"
+        )
+        return stopped
+
+    def _num_train_samples(self) -> float:
+        return sum(
+            self.clients.num_samples(client_id)
+            for round in self._steps_of_round
+            for client_id in self.sample_clients(round)
+        )
+
+    def _certificate(self) -> dict[str, float]:
+        rounds = [entry for entry in self.state.log_history if "aggregation_error" in entry]
+        if not rounds:
+            return {}
+        return {
+            "max_aggregation_error": max(entry["aggregation_error"] for entry in rounds),
+            "mean_fedit_deviation": sum(entry["fedit_deviation"] for entry in rounds) / len(rounds),
+        }
+
+    # ---- Steps of clients, told by `ClientBridge` ----
+
+    @contextmanager
+    def _fit_of(self, client_id: str, round: int) -> Iterator[None]:
+        """Names the client in the progress bar and in the logs of the steps inside."""
+        self._fitting = {"client_id": client_id, "round": round}
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.set_description(f"round {round}/{self.args.num_rounds} {client_id}")
+        try:
+            yield
+        finally:
+            self._fitting = None
+
+    def count_client_step(self) -> None:
+        """One optimizer step of the client that is being fitted."""
+        self.state.global_step += 1
+        round = self._fitting["round"]
+        share = (self.state.global_step - self._round_began_at) / self._steps_of_round[round]
+        self.state.epoch = round - 1 + min(share, 1.0)
+
+    def take_step_flags(self) -> bool:
+        """Keep what the flow callbacks asked for at this step until the round's end; returns whether to log now."""
+        self._evaluate_after_round |= self.control.should_evaluate
+        self._save_after_round |= self.control.should_save
+        should_log = self.control.should_log
+        self.control.should_evaluate = self.control.should_save = self.control.should_log = False
+        return should_log
+
+    def log_client(self, logs: dict[str, float]) -> None:
+        """Log what a client's trainer logs; `log_history` also names the client, which reporters could not plot."""
+        if self._fitting is not None:
+            logs["round"] = self._fitting["round"]
+        self.log(logs)
+        if self._fitting is not None:
+            self.state.log_history[-1]["client_id"] = self._fitting["client_id"]
+
+    def _call_federated(self, event: str, **values: Any) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, FederatedCallback):
+                getattr(callback, event)(self.args, self.state, self.control, trainer=self, **values)
+
+    # ---- Evaluation, by the clients' class: its loss, its collator, its generation ----
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
+    ) -> dict[str, float]:
+        """Evaluate the global model; see `Trainer.evaluate`. Further `kwargs` go to `client_trainer_cls.evaluate`."""
+        return self._evaluating_trainer().evaluate(
+            eval_dataset=eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test", **kwargs: Any
+    ) -> PredictionOutput:
+        """Predict with the global model; see `Trainer.predict`. Further `kwargs` go to `client_trainer_cls.predict`."""
+        return self._evaluating_trainer().predict(
+            test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+
+    def _evaluating_trainer(self) -> Trainer:
+        trainer = self.clients.trainer
+        trainer.is_in_train = self.is_in_train
+        trainer.eval_dataset, trainer.compute_metrics = self.eval_dataset, self.compute_metrics
+        return trainer
+
+    # ---- Saving and resuming ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """What `save_model` writes: base, adapter, tokenizer and arguments, loadable by plain `from_pretrained`."""
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        save_full_model(self.model, output_dir)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = Path(self.args.output_dir)
+        final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.store_flos()
+        best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == final or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
+        if not self.args.should_save:
+            return
+        with ckpt.atomic_directory(final) as folder:
+            ckpt.save_round(folder, self.federation, self._fingerprint(), list(self.clients.datasets))
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            self._save_rng_state(str(folder))
+            self._collect_callback_states()
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        ckpt.rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
+
+    def _collect_callback_states(self) -> None:
+        states: dict[str, Any] = {}
+        for each in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(each, ExportableState):
+                states.setdefault(type(each).__name__, []).append(each.state())
+        self.state.stateful_callbacks = {
+            name: values[0] if len(values) == 1 else values for name, values in states.items()
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.federation = self._read_checkpoint(resume_from_checkpoint)
+        self.adapted.write(self.federation.state)
+        self.adapted.install(self.federation.ledger)
+
+    def _load_best_model(self) -> None:
+        logger.info(f"Loading the best round from `{self.state.best_model_checkpoint}` ({self.state.best_metric}).")
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _read_checkpoint(self, directory: str) -> ckpt.RoundState:
+        return ckpt.load_round(directory, self._fingerprint(), self.adapted, list(self.clients.datasets))
+
+    def _fingerprint(self) -> dict[str, Any]:
+        if self._cached_fingerprint is None:
+            aggregator = vars(self.aggregator) | {"name": self.aggregator.name}
+            self._cached_fingerprint = ckpt.fingerprint_of(
+                self.adapted,
+                aggregator={name: str(value) for name, value in aggregator.items()},
+                clients={client_id: self.clients.num_examples(client_id) for client_id in self.clients.datasets},
+                seed=self.args.seed,
+            )
+        return self._cached_fingerprint
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        """Not part of this version.
+
+        Raises:
+            NotImplementedError: Always: `Trainer`'s way would publish an adapter whose base is a local path.
+        """
+        raise NotImplementedError(
+            "`push_to_hub` is not part of this version. Call `save_model(dir)`, set `base_model_name_or_path` in "
+            "`adapter_config.json` to the repository's id, and upload the folder with `huggingface_hub`."
+        )
+
+
+def default_callback_types(args: TrainingArguments) -> set[type]:
+    """Types of the callbacks that every `Trainer` with these arguments gets by itself."""
+    given = [*DEFAULT_CALLBACKS, *get_reporting_integration_callbacks(args.report_to)]
+    return {*given, DEFAULT_PROGRESS_CALLBACK, ProgressCallback, PrinterCallback}
+
+
+@contextmanager
+def _frozen_garbage_collector() -> Iterator[None]:
+    """Every `Trainer.train()` begins with a full collection, 0.2 s over torch's own objects; exempt what lives now."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _was_stopped_early(checkpoint: Path) -> bool:
+    """Whether a callback had stopped the run by this checkpoint, as opposed to its last step being reached."""
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    control = state["stateful_callbacks"].get("TrainerControl", {}).get("args", {})
+    return bool(control.get("should_training_stop")) and state["global_step"] < state["max_steps"]

@@ -1,0 +1,294 @@
+"""The corridor: `FederatedTrainer`, a `Trainer` whose epoch is a server round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from fedex_hf import checkpoint as ckpt
+from fedex_hf.aggregators import Aggregator, get_aggregator
+from fedex_hf.base_model import AdaptedModel
+from fedex_hf.callbacks import ClientBridge
+from fedex_hf.client import ClientRunner, FitPlan
+from fedex_hf.evaluation import Exactness, measure_exactness
+from fedex_hf.round_trainer import RoundTrainer, default_callback_types
+from fedex_hf.training_args import FederatedTrainingArguments
+from fedex_hf.updates import ClientUpdate, GlobalUpdate, payload_bytes
+from fedex_hf.validation import client_datasets, refuse_overrides, refuse_prebuilt_optimizer, sampled_per_round
+
+
+logger = logging.get_logger(__name__)
+
+
+class FederatedTrainer(RoundTrainer):
+    """Federated LoRA fine-tuning with exact aggregation, as a `Trainer`.
+
+    Constructor words, `train`, `evaluate`, `predict`, `save_model`, callbacks and arguments are `Trainer`'s. One
+    epoch of the run is a server round: sample clients, fit each from the same global state, aggregate, install,
+    measure, evaluate, save. See `docs/rooms.md`.
+
+    Args:
+        model: A `PeftModel` with one active LoRA adapter, or a plain model together with `peft_config`.
+        args: [`FederatedTrainingArguments`].
+        train_dataset: `{client_id: dataset}`, or one dataset that is partitioned by the arguments.
+        peft_config: A `LoraConfig` for a model without LoRA.
+        aggregator: An [`Aggregator`], or `None` to take `args.aggregator`.
+        client_trainer_cls: The `Trainer` class that runs the local fits, evaluation and prediction. Its loss,
+            collation, optimizer and generation are used, so override them there and not here.
+        client_trainer_kwargs: Further arguments of its constructor. `args` among them is a template, such as an
+            `SFTConfig`, whose own fields are kept; all fields of `TrainingArguments` come from `args`.
+        data_collator, eval_dataset, processing_class, compute_loss_func, compute_metrics, callbacks,
+            optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `Trainer`.
+        optimizers, model_init: Refused; see Raises.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be aggregated; the message says what to do.
+        ValueError, TypeError: If the clients' data, the arguments or the optimizer cannot be used as given.
+
+    Attributes:
+        exactness: The certificate of the last round, with every layer's norms; `None` before the first round.
+        federation: The `RoundState` after the last completed round.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: FederatedTrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Any = None,
+        compute_loss_func: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Any = None,
+        peft_config: PeftConfig | None = None,
+        aggregator: Aggregator | str | None = None,
+        client_trainer_cls: type[Trainer] = Trainer,
+        client_trainer_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        args = FederatedTrainingArguments(output_dir="tmp_trainer") if args is None else args
+        refuse_overrides(type(self), args, model, model_init, client_trainer_cls)
+        refuse_prebuilt_optimizer(optimizers)
+        clients = client_datasets(train_dataset, args)
+        if peft_config is not None:
+            if isinstance(model, PeftModel):
+                raise ValueError("`model` already is a `PeftModel`: drop `peft_config`, or pass the plain model.")
+            set_seed(args.seed)
+            model = get_peft_model(model, peft_config)
+        self.aggregator = _resolve_aggregator(args, aggregator)
+        self.adapted = AdaptedModel(model, changes_base=self.aggregator.changes_base)
+        self.aggregator.configure_model(model)
+        shared = {
+            "data_collator": data_collator,
+            "processing_class": processing_class,
+            "compute_loss_func": compute_loss_func,
+            "compute_metrics": compute_metrics,
+            "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        }
+        shared = {name: value for name, value in shared.items() if value is not None}
+        super().__init__(model=model, args=args, eval_dataset=eval_dataset, callbacks=callbacks, **shared)
+        self.train_dataset = clients
+        trainer_kwargs = {"model": model, **shared, **(client_trainer_kwargs or {})}
+        self.clients = ClientRunner(
+            client_trainer_cls, trainer_kwargs, args, clients, eval_dataset, ClientBridge(self)
+        )
+        self.eval_dataset = self.clients.trainer.eval_dataset  # a client's class may have prepared it
+        self.data_collator = self.clients.trainer.data_collator
+        self.processing_class = self.clients.trainer.processing_class
+        self.federation = ckpt.RoundState(round=0, state=self.adapted.read())
+        self.exactness: Exactness | None = None
+        self._fitting: dict[str, Any] | None = None
+        self._cached_fingerprint: dict[str, Any] | None = None
+
+    @classmethod
+    def from_trainer(
+        cls, trainer: Trainer, train_dataset: Any = None, args: FederatedTrainingArguments | None = None, **kwargs: Any
+    ) -> FederatedTrainer:
+        """Adopt a configured `Trainer` of any class.
+
+        Args:
+            trainer: Model, data, collator, metrics, callbacks and arguments are taken from it, and its class becomes
+                `client_trainer_cls`.
+            train_dataset: `{client_id: dataset}`, or one dataset to partition; `None` partitions the trainer's.
+            args: Federated arguments; `None` builds them from the trainer's.
+            kwargs: Fields of `FederatedTrainingArguments` such as `num_rounds` (only with `args=None`), and further
+                arguments of this class's constructor.
+
+        Raises:
+            ValueError: If the trainer holds an optimizer, whose state would be discarded.
+        """
+        refuse_prebuilt_optimizer((trainer.optimizer, trainer.lr_scheduler))
+        fields = FederatedTrainingArguments.__dataclass_fields__
+        if args is None:
+            federated = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
+            args = FederatedTrainingArguments.from_training_args(trainer.args, **federated)
+        defaults = default_callback_types(trainer.args)
+        adopted = {
+            "model": trainer.model,
+            "data_collator": trainer.data_collator,
+            "eval_dataset": trainer.eval_dataset,
+            "processing_class": trainer.processing_class,
+            "compute_loss_func": trainer.compute_loss_func,
+            "compute_metrics": trainer.compute_metrics,
+            "callbacks": [each for each in trainer.callback_handler.callbacks if type(each) not in defaults],
+            "optimizer_cls_and_kwargs": trainer.optimizer_cls_and_kwargs,
+            "preprocess_logits_for_metrics": trainer.preprocess_logits_for_metrics,
+            "client_trainer_cls": type(trainer),
+        }
+        if type(trainer.args) is not TrainingArguments:
+            adopted["client_trainer_kwargs"] = {"args": trainer.args, **kwargs.pop("client_trainer_kwargs", {})}
+        train_dataset = trainer.train_dataset if train_dataset is None else train_dataset
+        return cls(args=args, train_dataset=train_dataset, **(adopted | kwargs))
+
+    # ---- One round ----
+
+    def run_round(self, round: int) -> dict[str, float]:
+        """One server round; every step is a hook. Returns the metrics that were logged."""
+        start_time = time.perf_counter()
+        clients = self.sample_clients(round)
+        self._call_federated("on_round_begin", round=round, clients=clients)
+        updates = self.collect_updates(clients, round)
+        before, ledger_before = self.federation.state, self.federation.ledger
+        update = self.aggregate(round, updates)
+        self._call_federated("on_aggregate", round=round, updates=updates, update=update)
+        self.apply_update(update)
+        self.exactness = measure_exactness(self.adapted, before, ledger_before, updates, self.client_weights(updates))
+        self.federation.round = round
+        metrics = self.round_metrics(updates, update) | {"round_seconds": time.perf_counter() - start_time}
+        self.log(dict(metrics))
+        self._call_federated("on_round_end", round=round, metrics=metrics)
+        return metrics
+
+    # ---- The steps of a round ----
+
+    def sample_clients(self, round: int) -> list[str]:
+        """The clients of a round: a pure function of `args.seed` and `round`, in the federation's order."""
+        order = list(self.train_dataset)
+        wanted = sampled_per_round(self.args, len(order))
+        if wanted == len(order):
+            return order
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + round)
+        chosen = torch.randperm(len(order), generator=generator)[:wanted].tolist()
+        return [order[index] for index in sorted(chosen)]
+
+    def collect_updates(self, clients: Sequence[str], round: int) -> list[ClientUpdate]:
+        """Fit the clients one after another; leave out those that fail if `args.client_errors="skip"`.
+
+        Raises:
+            RuntimeError: If fewer than `args.min_clients` updates arrive.
+        """
+        updates: list[ClientUpdate] = []
+        self._new_optimizer_states = {}
+        for client_id in clients:
+            planned = self.state.global_step + self.clients.num_steps(client_id)
+            try:
+                update = self.fit_client(client_id, round)
+            except Exception as error:
+                if self.args.client_errors == "raise":
+                    raise
+                logger.warning(f"Round {round}: client `{client_id}` is left out: {type(error).__name__}: {error}")
+            else:
+                updates.append(update)
+                self._call_federated("on_client_end", update=update)
+            finally:
+                # Whatever happened, the model is the last good round's again, and the steps are those planned.
+                self.adapted.write(self.federation.state)
+                self.state.global_step = planned
+        if len(updates) < self.args.min_clients:
+            raise RuntimeError(
+                f"Round {round}: {len(updates)} of {len(clients)} clients sent an update, fewer than "
+                f"`min_clients={self.args.min_clients}`. The model is that of round {self.federation.round}; mend the "
+                "clients named above and resume, or lower `min_clients`."
+            )
+        return updates
+
+    def fit_client(self, client_id: str, round: int) -> ClientUpdate:
+        """One client's local fit from the global state.
+
+        Raises:
+            NonFiniteUpdateError: If the result holds NaN or Inf.
+        """
+        self.adapted.write(self.federation.state)
+        plan = FitPlan(
+            round=round,
+            num_rounds=self.args.num_rounds,
+            continue_schedule=self.args.lr_schedule == "run",
+            optimizer_state=self.federation.optimizer_states.get(client_id),
+        )
+        earlier = sum(client_id in self.sample_clients(before) for before in range(1, round))
+        with self._fit_of(client_id, round):
+            output = self.clients.fit(client_id, plan, earlier)
+        self._tr_loss += output.training_loss * output.global_step
+        self.current_flos += self.clients.trainer.state.total_flos
+        self.state.num_input_tokens_seen += self.clients.trainer.state.num_input_tokens_seen
+        trained = self.adapted.read()
+        update = ClientUpdate(
+            client_id=client_id,
+            round=round,
+            num_examples=self.clients.num_examples(client_id),
+            adapters=trained.adapters,
+            tensors=trained.tensors,
+            metrics={"train_loss": output.training_loss, "steps": output.global_step},
+        )
+        update.check_finite()
+        if self.args.client_optimizer_state == "keep":
+            self._new_optimizer_states[client_id] = self.clients.optimizer_state()
+        return update
+
+    def client_weights(self, updates: Sequence[ClientUpdate]) -> list[float]:
+        """Weights of the updates, not normalised: examples, or one each, by `args.client_weighting`."""
+        uniform = self.args.client_weighting == "uniform"
+        return [1.0 if uniform else float(update.num_examples) for update in updates]
+
+    def aggregate(self, round: int, updates: Sequence[ClientUpdate]) -> GlobalUpdate:
+        """The round's global update; changes nothing in the model."""
+        return self.aggregator.aggregate(updates, self.client_weights(updates))
+
+    def apply_update(self, update: GlobalUpdate) -> None:
+        """Install an update: adapters and other tensors are replaced, residuals are added to the ledger and base."""
+        ledger = self.federation.ledger.plus(update.residuals, self.adapted.sites)
+        state = GlobalUpdate(adapters=update.adapters, tensors=update.tensors)
+        self.adapted.write(state)
+        self.adapted.install(ledger)
+        self.federation.state, self.federation.ledger = state, ledger
+        self.federation.optimizer_states = self.federation.optimizer_states | self._new_optimizer_states
+        self._new_optimizer_states = {}
+
+    def round_metrics(self, updates: Sequence[ClientUpdate], update: GlobalUpdate) -> dict[str, float]:
+        """What a round logs; bytes are those of one client, mean over clients on the way up."""
+        weights = self.client_weights(updates)
+        loss = sum(w * u.metrics["train_loss"] for w, u in zip(weights, updates, strict=True)) / sum(weights)
+        factors = self.aggregator.trained_factors
+        per_layer = {
+            f"{name}/{layer}": getattr(norms, name)
+            for layer, norms in self.exactness.layers.items()
+            for name in ("aggregation_error", "fedit_deviation")
+            if self.args.log_layer_exactness
+        }
+        return per_layer | {
+            "round": self.federation.round,
+            "train_loss": loss,
+            "num_clients": len(updates),
+            "aggregation_error": self.exactness.aggregation_error,
+            "fedit_deviation": self.exactness.fedit_deviation,
+            "bytes_up_per_client": sum(payload_bytes(each, factors) for each in updates) / len(updates),
+            "bytes_down_per_client": payload_bytes(update, factors),
+        }
+
+
+def _resolve_aggregator(args: FederatedTrainingArguments, aggregator: Aggregator | str | None) -> Aggregator:
+    if aggregator is None:
+        return get_aggregator(args.aggregator, **(args.aggregator_kwargs or {}))
+    return get_aggregator(aggregator)

@@ -1,0 +1,213 @@
+"""Every knob of a federated run, beside those of `TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy, SchedulerType
+
+from fedex_hf.aggregators import get_aggregator
+
+
+_CHOICES = {
+    "client_weighting": ("num_examples", "uniform"),
+    "client_optimizer_state": ("reset", "keep"),
+    "lr_schedule": ("round", "run"),
+    "client_errors": ("raise", "skip"),
+    "residual_storage": ("auto", "base"),
+}
+# Schedules that react to what they see cannot be entered in the middle by arithmetic.
+_STATEFUL_SCHEDULES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+
+
+@dataclass
+class FederatedTrainingArguments(TrainingArguments):
+    r"""Arguments of a federated run.
+
+    All of [`~transformers.TrainingArguments`] keep their names. Where the meaning differs:
+
+    - `num_train_epochs` and `max_steps` are per client and round; `num_train_epochs` defaults to 1.
+    - An "epoch" of the run is a round: `eval_strategy`, `save_strategy` and `logging_strategy="epoch"` mean every
+      round, `state.epoch` counts rounds, and `EarlyStoppingCallback` counts them. `eval_strategy` and `save_strategy`
+      `"steps"` act at the end of the round in which the step falls: between rounds there is one model, within a round
+      there is none. `save_strategy` defaults to `"epoch"`, so that a killed run can be resumed.
+    - `warmup_steps` and `lr_scheduler_type` follow `lr_schedule`.
+
+    Args:
+        > Rounds and clients
+
+        num_rounds (`int`, *optional*, defaults to 5):
+            Number of server rounds.
+        num_clients (`int`, *optional*):
+            Number of clients that one dataset is split into (3 if not given). With a dictionary of clients it must be
+            their number, if given.
+        client_fraction (`float`, *optional*, defaults to 1.0):
+            Fraction of the clients that train in each round, in (0, 1]; rounded to at least one client.
+        min_clients (`int`, *optional*, defaults to 1):
+            Least number of clients whose update must arrive for a round to count.
+        client_errors (`"raise"` or `"skip"`, *optional*, defaults to `"raise"`):
+            What to do with a client that raises or returns NaN or Inf: stop the run, or leave the client out of the
+            round and renormalise the other clients' weights.
+
+        > Aggregation
+
+        aggregator (`str`, *optional*, defaults to `"fedex"`):
+            Name in `fedex_hf.AGGREGATORS`: `"fedex"`, `"fedit"`, `"ffa"`.
+        aggregator_kwargs (`dict`, *optional*):
+            Arguments of the aggregator, such as `{"residual_rank": 8}` for `fedex`. As a flag: a JSON object.
+        client_weighting (`"num_examples"` or `"uniform"`, *optional*, defaults to `"num_examples"`):
+            Weight of a client in the average. The paper writes uniform weights in every equation.
+        residual_storage (`"auto"` or `"base"`, *optional*, defaults to `"auto"`):
+            Where the residual lives: folded into the base weight, which must be float32.
+
+        log_layer_exactness (`bool`, *optional*, defaults to `False`):
+            Log the exactness certificate of every layer each round, as `aggregation_error/<layer>` and
+            `fedit_deviation/<layer>`. `trainer.exactness.layers` holds the last round's in any case.
+
+        > Partition of one dataset
+
+        partition_by (`str`, *optional*):
+            Column to partition by: one client per value, or, with `dirichlet_alpha`, the label column.
+        dirichlet_alpha (`float`, *optional*):
+            Concentration of the label skew; small is skewed. Without it and `partition_by`, clients are IID.
+
+        > Local training
+
+        client_optimizer_state (`"reset"` or `"keep"`, *optional*, defaults to `"reset"`):
+            Start each local fit with a fresh optimizer, as the paper's code does, or with the state that this client's
+            optimizer had at the end of its last round.
+        lr_schedule (`"round"` or `"run"`, *optional*, defaults to `"round"`):
+            Run the whole learning-rate schedule in every round, as the paper's code does, or once over the run.
+
+    Raises:
+        ValueError: If a value is out of its range, or two arguments contradict each other.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "aggregator_kwargs"]
+
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Restore callback states, such as early stopping's patience, on resuming."}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs per client and round."})
+    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps per client and round; overrides epochs."})
+    save_strategy: SaveStrategy | str = field(
+        default="epoch", metadata={"help": 'When to save: "epoch" is every round, "no", "steps", "best".'}
+    )
+    num_rounds: int = field(default=5, metadata={"help": "Number of server rounds."})
+    num_clients: int | None = field(
+        default=None, metadata={"help": "Number of clients that one dataset is split into (3 if not given)."}
+    )
+    client_fraction: float = field(default=1.0, metadata={"help": "Fraction of the clients per round, in (0, 1]."})
+    min_clients: int = field(default=1, metadata={"help": "Least number of updates for a round to count."})
+    client_errors: str = field(
+        default="raise",
+        metadata={
+            "help": "What to do with a client that raises or returns NaN or Inf: stop the run, or leave it out.",
+            "choices": _CHOICES["client_errors"],
+        },
+    )
+    aggregator: str = field(default="fedex", metadata={"help": 'Aggregation method: "fedex", "fedit" or "ffa".'})
+    aggregator_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the aggregator, as a JSON object."}
+    )
+    client_weighting: str = field(
+        default="num_examples",
+        metadata={"help": "Weight of a client in the average.", "choices": _CHOICES["client_weighting"]},
+    )
+    residual_storage: str = field(
+        default="auto",
+        metadata={"help": "Where the residual lives: in the float32 base.", "choices": _CHOICES["residual_storage"]},
+    )
+    log_layer_exactness: bool = field(
+        default=False, metadata={"help": "Log the exactness certificate of every layer each round."}
+    )
+    partition_by: str | None = field(
+        default=None, metadata={"help": "Column to partition by: a client per value, or the label for Dirichlet."}
+    )
+    dirichlet_alpha: float | None = field(
+        default=None, metadata={"help": "Concentration of the Dirichlet label skew; small is skewed."}
+    )
+    client_optimizer_state: str = field(
+        default="reset",
+        metadata={
+            "help": "Fresh optimizer each round, or the state this client's optimizer ended its last round with.",
+            "choices": _CHOICES["client_optimizer_state"],
+        },
+    )
+    lr_schedule: str = field(
+        default="round",
+        metadata={
+            "help": "Learning-rate schedule once per round, or once over the run.",
+            "choices": _CHOICES["lr_schedule"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_numbers(self)
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"`{name}={value!r}` is not allowed. Allowed: {', '.join(map(repr, allowed))}.")
+        if self.lr_schedule == "run" and self.lr_scheduler_type in _STATEFUL_SCHEDULES:
+            raise ValueError(
+                f'`lr_schedule="run"` cannot continue `lr_scheduler_type={self.lr_scheduler_type.value!r}` from one '
+                'round to the next. Use `lr_schedule="round"`, or a schedule that is a function of the step.'
+            )
+        _check_unsupported(self)
+        get_aggregator(self.aggregator, **(self.aggregator_kwargs or {}))
+
+    @classmethod
+    def from_training_args(cls, args: TrainingArguments, **kwargs: Any) -> FederatedTrainingArguments:
+        """Take over every field of plain `TrainingArguments` (or of a subclass), and set the federated ones.
+
+        Args:
+            args: Arguments of an existing script. `save_strategy` is taken as it is.
+            kwargs: Fields of this class; they win over `args`.
+
+        Example:
+            >>> plain = TrainingArguments(output_dir="out", learning_rate=1e-3)
+            >>> FederatedTrainingArguments.from_training_args(plain, num_rounds=3).learning_rate
+            0.001
+        """
+        known = {f.name for f in fields(cls) if f.init}
+        taken = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
+        return cls(**(taken | kwargs))
+
+
+def _check_numbers(args: FederatedTrainingArguments) -> None:
+    for name, least in (("num_rounds", 1), ("num_clients", 1), ("min_clients", 1)):
+        value = getattr(args, name)
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"`{name}={value!r}` is not allowed. Allowed: an integer of at least {least}.")
+    if not 0 < args.client_fraction <= 1:
+        raise ValueError(
+            f"`client_fraction={args.client_fraction!r}` is out of range. Allowed: above 0 and at most 1; it is the "
+            "fraction of the clients that train in each round."
+        )
+    if args.num_clients is not None and args.min_clients > args.num_clients:
+        raise ValueError(
+            f"`min_clients={args.min_clients}` is more than `num_clients={args.num_clients}`. Lower `min_clients`."
+        )
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise ValueError(
+            f"`num_train_epochs={args.num_train_epochs}` with `max_steps={args.max_steps}` trains nothing. Set one of "
+            "them to a positive number (per client and round)."
+        )
+
+
+def _check_unsupported(args: FederatedTrainingArguments) -> None:
+    reasons = {
+        "push_to_hub": "pushing rounds to the Hub is not part of this version; call `save_model` and upload the folder",
+        "auto_find_batch_size": "a retry would restart a client's fit from a half-trained adapter",
+        "deepspeed": "its engine owns the optimizer, which changes hands between clients here",
+        "fsdp": "sharded base weights cannot take the residual yet",
+        "bf16_full_eval": "evaluation would cast the shared model, and the residual in its base would round away",
+        "fp16_full_eval": "evaluation would cast the shared model, and the residual in its base would round away",
+        "enable_jit_checkpoint": "a checkpoint inside a round would hold one client's model",
+    }
+    for name, reason in reasons.items():
+        if getattr(args, name, None):
+            raise ValueError(f"`{name}` is not supported by `FederatedTrainer`: {reason}. Switch it off.")

@@ -1,0 +1,130 @@
+"""What travels between the rooms: the one page where shapes and dtypes are defined.
+
+Notation of the FedEx-LoRA paper (arXiv 2410.09432, section 2): client i holds `A_i` of shape `(r, in_features)` and
+`B_i` of shape `(out_features, r)`; its weight update is `scaling * B_i @ A_i` of shape `(out_features, in_features)`.
+How that product lies in a layer's own weight (a `Conv1D` keeps the transpose) is PEFT's business: see `base_model.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+class NonFiniteUpdateError(ValueError):
+    """A client's update holds NaN or Inf."""
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """A weight update in factored form, `scaling * B @ A`.
+
+    Args:
+        A: Tensor of shape `(rank, in_features)`, floating point.
+        B: Tensor of shape `(out_features, rank)`, the dtype of `A`.
+        scaling: PEFT's scaling of the layer (`lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA), no unit.
+
+    Raises:
+        ValueError: If `A` and `B` are not matrices that share their rank.
+
+    Example:
+        >>> delta = LowRankDelta(A=torch.ones(2, 5), B=torch.ones(3, 2), scaling=0.5)
+        >>> delta.rank, delta.nbytes, delta.to_dense().shape
+        (2, 64, torch.Size([3, 5]))
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise ValueError(
+                f"`A` of shape {tuple(self.A.shape)} and `B` of shape {tuple(self.B.shape)} are not the factors of one "
+                "update. Allowed: `A` of shape `(rank, in_features)` and `B` of shape `(out_features, rank)`."
+            )
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of `A` = number of columns of `B`; the numerical rank may be smaller."""
+        return self.A.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the two factors, in bytes."""
+        return self.A.nbytes + self.B.nbytes
+
+    def to_dense(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """The update as a matrix of shape `(out_features, in_features)`, computed in `dtype`."""
+        return self.scaling * (self.B.to(dtype) @ self.A.to(dtype))
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What a client sends after its local fit.
+
+    Args:
+        client_id: The client's name in `train_dataset`.
+        round: Server round, counted from 1.
+        num_examples: Training examples the client holds (or, for a stream, has read in this round).
+        adapters: Layer name -> the client's LoRA factors after training, on the CPU.
+        tensors: Parameter name -> every other trained parameter (heads, biases, trained tokens), on the CPU.
+        metrics: What the local fit measured, such as `train_loss`.
+    """
+
+    client_id: str
+    round: int
+    num_examples: int
+    adapters: Mapping[str, LowRankDelta]
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def check_finite(self) -> None:
+        """Refuse an update that would poison the average.
+
+        Raises:
+            NonFiniteUpdateError: If any tensor holds NaN or Inf; the message names the client and the tensors.
+        """
+        bad = [name for name, delta in self.adapters.items() if not _finite(delta.A) or not _finite(delta.B)]
+        bad += [name for name, tensor in self.tensors.items() if not _finite(tensor)]
+        if bad:
+            raise NonFiniteUpdateError(
+                f"The update of client `{self.client_id}` in round {self.round} holds NaN or Inf in {len(bad)} "
+                f"tensors, the first being `{bad[0]}`. Lower `learning_rate`, set `max_grad_norm`, look at the "
+                'client\'s data, or leave such clients out with `client_errors="skip"`.'
+            )
+
+
+@dataclass(frozen=True)
+class GlobalUpdate:
+    """What the server returns: the state every client continues from.
+
+    Args:
+        adapters: Layer name -> new global LoRA factors, in the dtype the clients trained.
+        tensors: Parameter name -> averaged remaining parameters.
+        residuals: Layer name -> what to add to the frozen base weight (float32 factors); empty for a method that
+            changes no base weight.
+    """
+
+    adapters: Mapping[str, LowRankDelta]
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    residuals: Mapping[str, LowRankDelta] = field(default_factory=dict)
+
+
+def payload_bytes(update: ClientUpdate | GlobalUpdate, trained_factors: tuple[str, ...] = ("A", "B")) -> int:
+    """Bytes of an update on the wire: the factors that were trained, the other tensors, and the residual's factors.
+
+    Args:
+        update: What is sent, in either direction.
+        trained_factors: `("A", "B")`, or the one factor that a method trains; the frozen one never travels.
+    """
+    adapters = sum(getattr(delta, factor).nbytes for delta in update.adapters.values() for factor in trained_factors)
+    tensors = sum(tensor.nbytes for tensor in update.tensors.values())
+    residuals = sum(delta.nbytes for delta in update.residuals.values()) if isinstance(update, GlobalUpdate) else 0
+    return adapters + tensors + residuals
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

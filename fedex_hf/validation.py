@@ -1,0 +1,159 @@
+"""Bad input is refused here, before the first training step: what came, what is allowed, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import DatasetDict
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import has_length
+
+from fedex_hf.partition import partition_dataset
+from fedex_hf.training_args import FederatedTrainingArguments
+
+
+# Methods of `Trainer` that act inside a local fit or an evaluation. Those run in `client_trainer_cls`, so overriding
+# them in a subclass of `FederatedTrainer` would silently do nothing.
+_CLIENT_METHODS = (
+    "compute_loss",
+    "create_optimizer",
+    "create_scheduler",
+    "evaluation_loop",
+    "get_eval_dataloader",
+    "get_test_dataloader",
+    "get_train_dataloader",
+    "prediction_step",
+    "training_step",
+)
+
+
+def refuse_overrides(
+    cls: type[Trainer], args: Any, model: nn.Module | None, model_init: Any, client_trainer_cls: Any
+) -> None:
+    """Refuse what `FederatedTrainer` would otherwise ignore.
+
+    Raises:
+        TypeError: If `args` are not federated, or `client_trainer_cls` is no `Trainer` class.
+        ValueError: If `model_init` is given, `model` is not, or a subclass overrides a method that clients run.
+    """
+    if not isinstance(args, FederatedTrainingArguments):
+        raise TypeError(
+            f"`args` is a `{type(args).__name__}`. Allowed: `FederatedTrainingArguments`; convert with "
+            "`FederatedTrainingArguments.from_training_args(args, num_rounds=...)`."
+        )
+    if not (isinstance(client_trainer_cls, type) and issubclass(client_trainer_cls, Trainer)):
+        raise TypeError(f"`client_trainer_cls={client_trainer_cls!r}`. Allowed: `Trainer` or a subclass of it.")
+    if issubclass(client_trainer_cls, cls):
+        raise TypeError("`client_trainer_cls` is itself federated. Allowed: the `Trainer` class of one client.")
+    if model_init is not None or model is None:
+        raise ValueError(
+            "`FederatedTrainer` needs `model`, and does not take `model_init`: all clients start from one model, whose "
+            "adapter and base are exchanged. Build it first and pass it."
+        )
+    overridden = [name for name in _CLIENT_METHODS if getattr(cls, name) is not getattr(Trainer, name)]
+    if overridden:
+        raise ValueError(
+            f"`{cls.__name__}` overrides `{'`, `'.join(overridden)}`, which clients run in `client_trainer_cls`. Move "
+            "the override to a `Trainer` subclass and pass that as `client_trainer_cls`."
+        )
+
+
+def refuse_prebuilt_optimizer(optimizers: tuple[Any, Any]) -> None:
+    """Refuse an optimizer or scheduler object: each client's fit needs its own, so its state would be discarded.
+
+    Raises:
+        ValueError: If either of the pair is given.
+    """
+    if any(each is not None for each in optimizers):
+        given = ", ".join(type(each).__name__ for each in optimizers if each is not None)
+        raise ValueError(
+            f"`optimizers` holds {given}. Every local fit builds its own optimizer and schedule, so the state of a "
+            "pre-built one would be discarded. Pass `optimizer_cls_and_kwargs=(cls, kwargs)`, or set `optim` and "
+            "`lr_scheduler_type` in the arguments; for a `Trainer` that has already trained, build a new one first."
+        )
+
+
+def client_datasets(train_dataset: Any, args: FederatedTrainingArguments) -> dict[str, Any]:
+    """The clients' datasets: the dictionary as given, or one dataset partitioned by the arguments.
+
+    Raises:
+        TypeError: If a client id is not a string.
+        ValueError: If there are no clients, one is empty, columns differ, or the numbers contradict the arguments.
+    """
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is missing. Pass `{client_id: dataset}`, or one dataset to partition.")
+    if isinstance(train_dataset, DatasetDict) and "train" in train_dataset:
+        raise ValueError(
+            f"`train_dataset` holds the splits {list(train_dataset)}, not clients. Pass `dataset['train']` to have it "
+            "partitioned, or a dictionary from client ids to datasets."
+        )
+    if isinstance(train_dataset, Mapping):
+        clients = dict(train_dataset)
+    else:
+        clients = partition_dataset(
+            train_dataset,
+            args.num_clients,
+            partition_by=args.partition_by,
+            dirichlet_alpha=args.dirichlet_alpha,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+    _check_clients(clients, args)
+    return clients
+
+
+def sampled_per_round(args: FederatedTrainingArguments, num_clients: int) -> int:
+    """Number of clients that train in each round: the fraction, rounded, at least one.
+
+    Example:
+        >>> sampled_per_round(FederatedTrainingArguments(output_dir="out", client_fraction=0.1), 30)
+        3
+    """
+    return max(1, round(args.client_fraction * num_clients))
+
+
+def _check_clients(clients: Mapping[str, Any], args: FederatedTrainingArguments) -> None:
+    if not clients:
+        raise ValueError("`train_dataset` holds no clients. Pass at least one `{client_id: dataset}`.")
+    if args.num_clients is not None and len(clients) != args.num_clients:
+        raise ValueError(f"`num_clients={args.num_clients}`, but `train_dataset` has {len(clients)} clients.")
+    sampled = sampled_per_round(args, len(clients))
+    if args.min_clients > sampled:
+        raise ValueError(
+            f"`min_clients={args.min_clients}`, but only {sampled} of the {len(clients)} clients are sampled per round "
+            f"(`client_fraction={args.client_fraction}`). Lower `min_clients` or raise `client_fraction`."
+        )
+    first_id, first = next(iter(clients.items()))
+    for client_id, dataset in clients.items():
+        if not isinstance(client_id, str):
+            raise TypeError(f"The client id {client_id!r} is a `{type(client_id).__name__}`. Allowed: strings.")
+        _check_length(client_id, dataset, args)
+        if _columns(dataset) != _columns(first):
+            raise ValueError(
+                f"Client `{client_id}` has the columns {_columns(dataset)}, and client `{first_id}` has "
+                f"{_columns(first)}. All clients need the same columns; rename or remove the others."
+            )
+
+
+def _check_length(client_id: str, dataset: Any, args: FederatedTrainingArguments) -> None:
+    if dataset is None:
+        raise ValueError(f"The dataset of client `{client_id}` is `None`. Remove the client, or pass its dataset.")
+    if not has_length(dataset):
+        if args.max_steps <= 0:
+            raise ValueError(
+                f"The dataset of client `{client_id}` has no length, so an epoch has none. Set `max_steps` (optimizer "
+                "steps per client and round)."
+            )
+    elif len(dataset) == 0:
+        raise ValueError(f"The dataset of client `{client_id}` is empty. Remove the client; a mean needs examples.")
+    elif args.dataloader_drop_last and len(dataset) < args.train_batch_size:
+        raise ValueError(
+            f"Client `{client_id}` has {len(dataset)} examples, fewer than one batch of {args.train_batch_size}, and "
+            "`dataloader_drop_last=True` drops them all. Set it to `False`, or lower the batch size."
+        )
+
+
+def _columns(dataset: Any) -> list[str] | None:
+    names = getattr(dataset, "column_names", None)
+    return None if names is None else sorted(names)
