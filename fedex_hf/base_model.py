@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
-from peft import PeftModel, PeftType
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -43,17 +44,17 @@ class LoraSite:
     @property
     def A(self) -> nn.Parameter:
         """`lora_A` of shape `(r, in_features)`."""
-        return self.layer.lora_A[self.adapter].weight
+        return cast(nn.Parameter, _linear(self.layer.lora_A[self.adapter]).weight)
 
     @property
     def B(self) -> nn.Parameter:
         """`lora_B` of shape `(out_features, r)`."""
-        return self.layer.lora_B[self.adapter].weight
+        return cast(nn.Parameter, _linear(self.layer.lora_B[self.adapter]).weight)
 
     @property
     def base_weight(self) -> nn.Parameter:
         """The frozen weight in its own layout: `(out, in)` for `nn.Linear`, `(in, out)` for `Conv1D`."""
-        return self.layer.get_base_layer().weight
+        return cast(nn.Parameter, self.layer.get_base_layer().weight)
 
     @property
     def scaling(self) -> float:
@@ -81,9 +82,9 @@ class LoraSite:
             Tensor in the layout of `base_weight`, float64, on the CPU.
         """
         B = delta.B.double() * (delta.scaling / self.scaling)
-        with _replaced_weight(self.layer.lora_A[self.adapter], delta.A.double()):
-            with _replaced_weight(self.layer.lora_B[self.adapter], B):
-                return self.layer.get_delta_weight(self.adapter)
+        lora_A, lora_B = _linear(self.layer.lora_A[self.adapter]), _linear(self.layer.lora_B[self.adapter])
+        with _replaced_weight(lora_A, delta.A.double()), _replaced_weight(lora_B, B):
+            return self.layer.get_delta_weight(self.adapter)
 
 
 class AdaptedModel:
@@ -197,6 +198,10 @@ class Ledger:
         return Ledger(factors, matrices)
 
 
+def _linear(module: nn.Module) -> nn.Linear:
+    return cast(nn.Linear, module)
+
+
 def _snapshot(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach().to("cpu", copy=True)
 
@@ -228,15 +233,16 @@ def _check_peft_model(model: nn.Module) -> PeftModel:
             f"The adapter `{active[0]}` is of the type {config.peft_type}. Allowed: LORA, because the residual of "
             "FedEx-LoRA (arXiv 2410.09432) is defined for products of two factors. Use a `LoraConfig`."
         )
-    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+    start = cast(LoraConfig, config).init_lora_weights
+    if start not in (True, False, "gaussian", "orthogonal"):
         raise UnsupportedModelError(
-            f"`init_lora_weights={config.init_lora_weights!r}` changes the base weights at initialisation, which is "
+            f"`init_lora_weights={start!r}` changes the base weights at initialisation, which is "
             'not supported yet. Allowed: True, False, "gaussian", "orthogonal".'
         )
     return model
 
 
-def _check_layer(name: str, layer: nn.Module, adapter: str) -> LoraLinear:
+def _check_layer(name: str, layer: LoraLayer, adapter: str) -> LoraLinear:
     if type(layer) is not LoraLinear:
         raise UnsupportedModelError(
             f"Layer `{name}` is a LoRA `{type(layer).__name__}`. Supported so far: LoRA on `nn.Linear` and `Conv1D`. "
@@ -270,7 +276,7 @@ def _check_base_weights(model: PeftModel, sites: Mapping[str, LoraSite]) -> None
         shared = owners[weight.data_ptr()]
         if len(shared) > 1:
             raise UnsupportedModelError(
-                f"The base weight of `{name}` is one tensor with several places in the model ({', '.join(shared)}), so "
+                f"The base weight of `{name}` is one tensor with several places in the model ({', '.join(shared)}): "
                 "its residual would act in all of them. Leave the layer out of `target_modules`, or untie the weights "
                 "(`tie_word_embeddings=False`)."
             )

@@ -126,7 +126,7 @@ def fingerprint_of(adapted: AdaptedModel, **settings: Any) -> dict[str, Any]:
     for name, site in adapted.sites.items():
         weight = adapted.originals.get(name)
         weight = site.base_weight.detach() if weight is None else weight
-        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
     layers = {
         name: {"A": list(site.A.shape), "B": list(site.B.shape), "scaling": site.scaling}
         for name, site in adapted.sites.items()

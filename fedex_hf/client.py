@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -78,9 +78,12 @@ class _ClientFit(Trainer):
         done = (self.plan.round - 1) * num_training_steps
         for group in scheduler.optimizer.param_groups:
             group["lr"] = group["initial_lr"]
-        shifted = [lambda step, schedule=schedule: schedule(step + done) for schedule in scheduler.lr_lambdas]
-        self.lr_scheduler = LambdaLR(scheduler.optimizer, shifted)
+        self.lr_scheduler = LambdaLR(scheduler.optimizer, [_shifted(each, done) for each in scheduler.lr_lambdas])
         return self.lr_scheduler
+
+
+def _shifted(schedule: Callable[[int], float], done: int) -> Callable[[int], float]:
+    return lambda step: schedule(step + done)
 
 
 class ClientRunner:
@@ -158,7 +161,7 @@ class ClientRunner:
 
     def optimizer_state(self) -> dict[str, Any]:
         """State of the optimizer after the last fit, copied to the CPU."""
-        return _to_cpu(self.trainer.optimizer.state_dict()["state"])
+        return _to_cpu(cast(torch.optim.Optimizer, self.trainer.optimizer).state_dict()["state"])
 
     def _size(self, client_id: str) -> tuple[int, float]:
         if client_id not in self._sizes:

@@ -52,8 +52,8 @@ def compress(delta: LowRankDelta, rank: int | None = None) -> LowRankDelta:
     left, core, right = _core(delta)
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     # Anything below this is rounding of the input's own dtype: it carries nothing and would only cost rank.
-    noise = torch.finfo(delta.A.dtype).eps * S[:1].max().item() * 1e-2 if S.numel() else 0.0
-    keep = max(int((noise < S).sum()), 1)
+    noise = 1e-2 * torch.finfo(delta.A.dtype).eps * S.max()
+    keep = max(int(S.gt(noise).sum()), 1)
     keep = keep if rank is None else min(keep, rank)
     root = S[:keep].sqrt()
     B = (left @ (U[:, :keep] * root)).to(delta.B.dtype)

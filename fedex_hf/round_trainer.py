@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, 
 from transformers.utils import logging
 
 from fedex_hf import checkpoint as ckpt
+from fedex_hf.aggregators import Aggregator
 from fedex_hf.base_model import AdaptedModel
 from fedex_hf.callbacks import FederatedCallback
 from fedex_hf.client import ClientRunner
@@ -33,9 +34,19 @@ class RoundTrainer(Trainer):
     """What `FederatedTrainer` shares with any run in rounds; subclasses bring `run_round` and `sample_clients`."""
 
     args: FederatedTrainingArguments
+    aggregator: Aggregator
     adapted: AdaptedModel
     clients: ClientRunner
     federation: ckpt.RoundState
+    # The hooks can be called without `train()`: these hold outside a run.
+    learning_rate: float = 0.0
+    _fitting: dict[str, Any] | None = None
+    _cached_fingerprint: dict[str, Any] | None = None
+    _evaluate_after_round: bool = False
+    _save_after_round: bool = False
+    _round_began_at: int = 0
+    _steps_of_round: Mapping[int, int] = {}
+    _tr_loss: torch.Tensor = torch.tensor(0.0)
 
     def run_round(self, round: int) -> dict[str, float]:
         raise NotImplementedError
@@ -45,7 +56,9 @@ class RoundTrainer(Trainer):
 
     # ---- The run ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(  # type: ignore[override]  # `trial` and `ignore_keys_for_eval` are passed on
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> TrainOutput:
         """Run all rounds; see `Trainer.train`.
 
         Args:
@@ -62,15 +75,16 @@ class RoundTrainer(Trainer):
             ValueError: If `output_dir` holds another run and this one is not to continue it.
             CheckpointMismatchError: If the checkpoint is of another model, rank, aggregator or set of clients.
         """
-        found = ckpt.checkpoints_in(self.args.output_dir)
+        output_dir = str(self.args.output_dir)
+        found = ckpt.checkpoints_in(output_dir)
         if resume_from_checkpoint is True:
-            ckpt.remove_unfinished(self.args.output_dir)
+            ckpt.remove_unfinished(output_dir)
             resume_from_checkpoint = str(found[-1]) if found else None
             if not found:
-                logger.warning(f"No checkpoint in `{self.args.output_dir}` yet: starting at round 1.")
+                logger.warning(f"No checkpoint in `{output_dir}` yet: starting at round 1.")
         elif not resume_from_checkpoint and found:
             raise ValueError(
-                f"`output_dir={self.args.output_dir!r}` holds another run ({len(found)} checkpoints up to "
+                f"`output_dir={output_dir!r}` holds another run ({len(found)} checkpoints up to "
                 f"`{found[-1].name}`). Continue it with `train(resume_from_checkpoint=True)`, choose another "
                 "`output_dir`, or delete the checkpoints."
             )
@@ -101,7 +115,14 @@ class RoundTrainer(Trainer):
                 self.control.should_save |= self._save_after_round
                 self._evaluate_after_round = self._save_after_round = False
                 self._maybe_log_save_evaluate(
-                    self._tr_loss, None, self.model, trial, round, ignore_keys_for_eval, start_time, self.learning_rate
+                    self._tr_loss,
+                    None,
+                    self.adapted.model,
+                    trial,
+                    round,
+                    ignore_keys_for_eval,
+                    start_time,
+                    self.learning_rate,
                 )
                 if self.control.should_training_stop:
                     break
@@ -165,9 +186,10 @@ class RoundTrainer(Trainer):
     def count_client_step(self) -> None:
         """One optimizer step of the client that is being fitted."""
         self.state.global_step += 1
-        round = self._fitting["round"]
-        share = (self.state.global_step - self._round_began_at) / self._steps_of_round[round]
-        self.state.epoch = round - 1 + min(share, 1.0)
+        round = self.federation.round + 1
+        if round in self._steps_of_round:
+            share = (self.state.global_step - self._round_began_at) / self._steps_of_round[round]
+            self.state.epoch = round - 1 + min(share, 1.0)
 
     def take_step_flags(self) -> bool:
         """Keep what the flow callbacks asked for at this step until the round's end; returns whether to log now."""
@@ -199,7 +221,7 @@ class RoundTrainer(Trainer):
         metric_key_prefix: str = "eval",
         **kwargs: Any,
     ) -> dict[str, float]:
-        """Evaluate the global model; see `Trainer.evaluate`. Further `kwargs` go to `client_trainer_cls.evaluate`."""
+        """Evaluate the global model; see `Trainer.evaluate`. Further `kwargs` go to the clients' class."""
         return self._evaluating_trainer().evaluate(
             eval_dataset=eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix, **kwargs
         )
@@ -207,7 +229,7 @@ class RoundTrainer(Trainer):
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test", **kwargs: Any
     ) -> PredictionOutput:
-        """Predict with the global model; see `Trainer.predict`. Further `kwargs` go to `client_trainer_cls.predict`."""
+        """Predict with the global model; see `Trainer.predict`. Further `kwargs` go to the clients' class."""
         return self._evaluating_trainer().predict(
             test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix, **kwargs
         )
@@ -222,14 +244,14 @@ class RoundTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """What `save_model` writes: base, adapter, tokenizer and arguments, loadable by plain `from_pretrained`."""
-        output_dir = self.args.output_dir if output_dir is None else output_dir
-        save_full_model(self.model, output_dir)
+        output_dir = str(self.args.output_dir if output_dir is None else output_dir)
+        save_full_model(self.adapted.model, output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        run_dir = Path(self.args.output_dir)
+        run_dir = Path(str(self.args.output_dir))
         final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.store_flos()
         best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
@@ -250,9 +272,8 @@ class RoundTrainer(Trainer):
         for each in [*self.callback_handler.callbacks, self.control]:
             if isinstance(each, ExportableState):
                 states.setdefault(type(each).__name__, []).append(each.state())
-        self.state.stateful_callbacks = {
-            name: values[0] if len(values) == 1 else values for name, values in states.items()
-        }
+        single = {name: values[0] if len(values) == 1 else values for name, values in states.items()}
+        self.state.stateful_callbacks = single  # type: ignore[assignment]  # annotated as the list it starts as
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.federation = self._read_checkpoint(resume_from_checkpoint)
@@ -261,7 +282,7 @@ class RoundTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best round from `{self.state.best_model_checkpoint}` ({self.state.best_metric}).")
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _read_checkpoint(self, directory: str) -> ckpt.RoundState:
         return ckpt.load_round(directory, self._fingerprint(), self.adapted, list(self.clients.datasets))
@@ -277,7 +298,7 @@ class RoundTrainer(Trainer):
             )
         return self._cached_fingerprint
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not part of this version.
 
         Raises:

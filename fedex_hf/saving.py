@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from typing import cast
 
 from peft import PeftModel
 from peft.utils.save_and_load import get_base_model_state_dict
+from transformers import PreTrainedModel
 
 
 def save_full_model(model: PeftModel, output_dir: str | os.PathLike) -> None:
@@ -23,7 +25,7 @@ def save_full_model(model: PeftModel, output_dir: str | os.PathLike) -> None:
     """
     directory = Path(output_dir).resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    base, adapter = model.get_base_model(), model.active_adapters[0]
+    base, adapter = cast(PreTrainedModel, model.get_base_model()), model.active_adapters[0]
     base.save_pretrained(directory, state_dict=get_base_model_state_dict(model))
     original = model.peft_config[adapter]
     saved = copy.copy(original)
@@ -33,7 +35,7 @@ def save_full_model(model: PeftModel, output_dir: str | os.PathLike) -> None:
     model.peft_config[adapter] = saved
     try:
         # "auto" would add the base embedding to the adapter where it is adapted, and ask the Hub about it each time.
-        model.save_pretrained(directory, selected_adapters=[adapter], save_embedding_layers=False)
+        model.save_pretrained(str(directory), selected_adapters=[adapter], save_embedding_layers=False)
     finally:
         model.peft_config[adapter] = original
     if adapter != "default":  # PEFT puts any other adapter into a folder of its name, where loaders do not look

@@ -59,7 +59,7 @@ class FederatedTrainer(RoundTrainer):
 
     def __init__(
         self,
-        model: nn.Module | None = None,
+        model: nn.Module = None,  # type: ignore[assignment]  # `Trainer` has it first and optional; refused if missing
         args: FederatedTrainingArguments | None = None,
         data_collator: Any = None,
         train_dataset: Any = None,
@@ -109,8 +109,7 @@ class FederatedTrainer(RoundTrainer):
         self.processing_class = self.clients.trainer.processing_class
         self.federation = ckpt.RoundState(round=0, state=self.adapted.read())
         self.exactness: Exactness | None = None
-        self._fitting: dict[str, Any] | None = None
-        self._cached_fingerprint: dict[str, Any] | None = None
+        self._new_optimizer_states: dict[str, Mapping[str, Any]] = {}
 
     @classmethod
     def from_trainer(
@@ -135,7 +134,7 @@ class FederatedTrainer(RoundTrainer):
             federated = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
             args = FederatedTrainingArguments.from_training_args(trainer.args, **federated)
         defaults = default_callback_types(trainer.args)
-        adopted = {
+        adopted: dict[str, Any] = {
             "model": trainer.model,
             "data_collator": trainer.data_collator,
             "eval_dataset": trainer.eval_dataset,
@@ -166,7 +165,8 @@ class FederatedTrainer(RoundTrainer):
         self.apply_update(update)
         self.exactness = measure_exactness(self.adapted, before, ledger_before, updates, self.client_weights(updates))
         self.federation.round = round
-        metrics = self.round_metrics(updates, update) | {"round_seconds": time.perf_counter() - start_time}
+        metrics = self.round_metrics(updates, update, self.exactness)
+        metrics["round_seconds"] = time.perf_counter() - start_time
         self.log(dict(metrics))
         self._call_federated("on_round_end", round=round, metrics=metrics)
         return metrics
@@ -175,7 +175,7 @@ class FederatedTrainer(RoundTrainer):
 
     def sample_clients(self, round: int) -> list[str]:
         """The clients of a round: a pure function of `args.seed` and `round`, in the federation's order."""
-        order = list(self.train_dataset)
+        order = list(self.clients.datasets)
         wanted = sampled_per_round(self.args, len(order))
         if wanted == len(order):
             return order
@@ -230,8 +230,8 @@ class FederatedTrainer(RoundTrainer):
         earlier = sum(client_id in self.sample_clients(before) for before in range(1, round))
         with self._fit_of(client_id, round):
             output = self.clients.fit(client_id, plan, earlier)
-        self._tr_loss += output.training_loss * output.global_step
-        self.current_flos += self.clients.trainer.state.total_flos
+        self._tr_loss = self._tr_loss + output.training_loss * output.global_step
+        self.current_flos += int(self.clients.trainer.state.total_flos)
         self.state.num_input_tokens_seen += self.clients.trainer.state.num_input_tokens_seen
         trained = self.adapted.read()
         update = ClientUpdate(
@@ -266,29 +266,30 @@ class FederatedTrainer(RoundTrainer):
         self.federation.optimizer_states = self.federation.optimizer_states | self._new_optimizer_states
         self._new_optimizer_states = {}
 
-    def round_metrics(self, updates: Sequence[ClientUpdate], update: GlobalUpdate) -> dict[str, float]:
-        """What a round logs; bytes are those of one client, mean over clients on the way up."""
+    def round_metrics(
+        self, updates: Sequence[ClientUpdate], update: GlobalUpdate, exactness: Exactness
+    ) -> dict[str, float]:
+        """What a round logs. Bytes are those of one client: the mean over the clients up, the same for all down."""
         weights = self.client_weights(updates)
-        loss = sum(w * u.metrics["train_loss"] for w, u in zip(weights, updates, strict=True)) / sum(weights)
+        loss = sum(weight * each.metrics["train_loss"] for weight, each in zip(weights, updates, strict=True))
         factors = self.aggregator.trained_factors
-        per_layer = {
-            f"{name}/{layer}": getattr(norms, name)
-            for layer, norms in self.exactness.layers.items()
-            for name in ("aggregation_error", "fedit_deviation")
-            if self.args.log_layer_exactness
-        }
-        return per_layer | {
+        metrics = {
             "round": self.federation.round,
-            "train_loss": loss,
+            "train_loss": loss / sum(weights),
             "num_clients": len(updates),
-            "aggregation_error": self.exactness.aggregation_error,
-            "fedit_deviation": self.exactness.fedit_deviation,
+            "aggregation_error": exactness.aggregation_error,
+            "fedit_deviation": exactness.fedit_deviation,
             "bytes_up_per_client": sum(payload_bytes(each, factors) for each in updates) / len(updates),
             "bytes_down_per_client": payload_bytes(update, factors),
         }
+        if self.args.log_layer_exactness:
+            for layer, norms in exactness.layers.items():
+                metrics[f"aggregation_error/{layer}"] = norms.aggregation_error
+                metrics[f"fedit_deviation/{layer}"] = norms.fedit_deviation
+        return metrics
 
 
 def _resolve_aggregator(args: FederatedTrainingArguments, aggregator: Aggregator | str | None) -> Aggregator:
     if aggregator is None:
-        return get_aggregator(args.aggregator, **(args.aggregator_kwargs or {}))
+        return get_aggregator(args.aggregator, **args.parsed_aggregator_kwargs)
     return get_aggregator(aggregator)

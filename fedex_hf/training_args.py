@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -153,11 +154,17 @@ class FederatedTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}={value!r}` is not allowed. Allowed: {', '.join(map(repr, allowed))}.")
         if self.lr_schedule == "run" and self.lr_scheduler_type in _STATEFUL_SCHEDULES:
             raise ValueError(
-                f'`lr_schedule="run"` cannot continue `lr_scheduler_type={self.lr_scheduler_type.value!r}` from one '
+                f'`lr_schedule="run"` cannot continue `lr_scheduler_type={str(self.lr_scheduler_type)!r}` from one '
                 'round to the next. Use `lr_schedule="round"`, or a schedule that is a function of the step.'
             )
         _check_unsupported(self)
-        get_aggregator(self.aggregator, **(self.aggregator_kwargs or {}))
+        get_aggregator(self.aggregator, **self.parsed_aggregator_kwargs)
+
+    @property
+    def parsed_aggregator_kwargs(self) -> dict[str, Any]:
+        """`aggregator_kwargs` as a dictionary, empty if not given."""
+        kwargs = self.aggregator_kwargs or {}
+        return json.loads(kwargs) if isinstance(kwargs, str) else dict(kwargs)
 
     @classmethod
     def from_training_args(cls, args: TrainingArguments, **kwargs: Any) -> FederatedTrainingArguments:
@@ -200,7 +207,7 @@ def _check_numbers(args: FederatedTrainingArguments) -> None:
 
 def _check_unsupported(args: FederatedTrainingArguments) -> None:
     reasons = {
-        "push_to_hub": "pushing rounds to the Hub is not part of this version; call `save_model` and upload the folder",
+        "push_to_hub": "pushing rounds is not part of this version; call `save_model` and upload the folder",
         "auto_find_batch_size": "a retry would restart a client's fit from a half-trained adapter",
         "deepspeed": "its engine owns the optimizer, which changes hands between clients here",
         "fsdp": "sharded base weights cannot take the residual yet",

@@ -42,8 +42,8 @@ class LowRankDelta:
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
             raise ValueError(
-                f"`A` of shape {tuple(self.A.shape)} and `B` of shape {tuple(self.B.shape)} are not the factors of one "
-                "update. Allowed: `A` of shape `(rank, in_features)` and `B` of shape `(out_features, rank)`."
+                f"`A` of shape {tuple(self.A.shape)} and `B` of shape {tuple(self.B.shape)} are not the factors of "
+                "one update. Allowed: `A` of shape `(rank, in_features)` and `B` of shape `(out_features, rank)`."
             )
 
     @property

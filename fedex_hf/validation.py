@@ -49,8 +49,8 @@ def refuse_overrides(
         raise TypeError("`client_trainer_cls` is itself federated. Allowed: the `Trainer` class of one client.")
     if model_init is not None or model is None:
         raise ValueError(
-            "`FederatedTrainer` needs `model`, and does not take `model_init`: all clients start from one model, whose "
-            "adapter and base are exchanged. Build it first and pass it."
+            "`FederatedTrainer` needs `model`, and does not take `model_init`: all clients start from one model, "
+            "whose adapter and base are exchanged. Build it first and pass it."
         )
     overridden = [name for name in _CLIENT_METHODS if getattr(cls, name) is not getattr(Trainer, name)]
     if overridden:
@@ -121,8 +121,8 @@ def _check_clients(clients: Mapping[str, Any], args: FederatedTrainingArguments)
     sampled = sampled_per_round(args, len(clients))
     if args.min_clients > sampled:
         raise ValueError(
-            f"`min_clients={args.min_clients}`, but only {sampled} of the {len(clients)} clients are sampled per round "
-            f"(`client_fraction={args.client_fraction}`). Lower `min_clients` or raise `client_fraction`."
+            f"`min_clients={args.min_clients}`, but only {sampled} of the {len(clients)} clients are sampled per "
+            f"round (`client_fraction={args.client_fraction}`). Lower `min_clients` or raise `client_fraction`."
         )
     first_id, first = next(iter(clients.items()))
     for client_id, dataset in clients.items():

@@ -35,8 +35,8 @@ def get_aggregator(name: str | Aggregator, **kwargs: Any) -> Aggregator:
     if isinstance(name, Aggregator):
         if kwargs:
             raise ValueError(
-                f"`aggregator` is already a `{type(name).__name__}`, so `aggregator_kwargs={kwargs}` would be ignored. "
-                "Pass the arguments to its constructor."
+                f"`aggregator` is already a `{type(name).__name__}`, so `aggregator_kwargs={kwargs}` would be "
+                "ignored. Pass the arguments to its constructor."
             )
         return name
     if not isinstance(name, str):

@@ -30,7 +30,7 @@ class Aggregator(ABC):
     trained_factors: ClassVar[tuple[str, ...]] = ("A", "B")
     changes_base: ClassVar[bool] = False
 
-    def configure_model(self, model: torch.nn.Module) -> None:
+    def configure_model(self, model: torch.nn.Module) -> None:  # noqa: B027  most methods need no preparation
         """Prepare the model once before the first round, for example by freezing a factor. Default: nothing."""
 
     @abstractmethod
