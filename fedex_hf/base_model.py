@@ -111,6 +111,11 @@ class AdaptedModel:
                 f"The adapter `{self.adapter}` adapts no layer of `{type(self.model.get_base_model()).__name__}`. "
                 "Check `target_modules` of your `LoraConfig`."
             )
+        if not any(site.B.requires_grad for site in self.sites.values()):
+            raise UnsupportedModelError(
+                f"The adapter `{self.adapter}` is frozen, so there is nothing to train. Load it with "
+                "`PeftModel.from_pretrained(..., is_trainable=True)`."
+            )
         _check_no_running_statistics(self.model)
         if changes_base:
             _check_base_weights(self.model, self.sites)
@@ -253,6 +258,11 @@ def _check_layer(name: str, layer: LoraLayer, adapter: str) -> LoraLinear:
         raise UnsupportedModelError(
             f"Layer `{name}` uses {type(variant).__name__}, whose update is not `scaling * B @ A`. Supported so far: "
             "plain LoRA and rsLoRA; switch the variant (for example `use_dora`) off in your `LoraConfig`."
+        )
+    if layer.get_base_layer().weight.requires_grad:
+        raise UnsupportedModelError(
+            f"The base weight of `{name}` is itself trained (`requires_grad`), so there is no frozen weight to hold "
+            "the residual. Freeze it with `requires_grad_(False)`, or train the layer in full with `modules_to_save`."
         )
     if layer.merged:
         raise UnsupportedModelError(

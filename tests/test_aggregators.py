@@ -1,0 +1,446 @@
+"""Aggregation methods as functions of tensors: expected values are dense, in NumPy, in float64 or wider."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedex_hf import (
+    AGGREGATORS,
+    Aggregator,
+    ClientUpdate,
+    FedExAggregator,
+    FedITAggregator,
+    FFALoRAAggregator,
+    LowRankDelta,
+    get_aggregator,
+)
+from fedex_hf.aggregators.base import normalise
+
+
+OUT, IN, RANK = 23, 17, 3
+WEIGHTS = {
+    1: [[1.0], [0.3]],
+    2: [[1, 1], [1, 3], [1e-9, 1.0], [1.0, 1e-9]],
+    3: [[1, 1, 1], [12, 7, 9], [1e-6, 1e6, 1.0]],
+    7: [[1] * 7, [3, 8, 5, 4, 12, 6, 4], [1e-4, 1e4, 1, 1e-4, 1e-4, 1, 50]],
+}
+WEIGHT_CASES = [weights for cases in WEIGHTS.values() for weights in cases]
+
+
+def factors_of(k, *, seed=0, rank=RANK, scaling=2.0, dtype=torch.float32, offset=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        LowRankDelta(
+            A=(torch.randn(rank, IN, generator=generator) + offset).to(dtype),
+            B=(torch.randn(OUT, rank, generator=generator) + offset).to(dtype),
+            scaling=scaling,
+        )
+        for _ in range(k)
+    ]
+
+
+def updates_of(factors, tensors=None):
+    tensors = [{}] * len(factors) if tensors is None else tensors
+    return [
+        ClientUpdate(f"client-{i}", 1, 10, {"layer": delta}, other)
+        for i, (delta, other) in enumerate(zip(factors, tensors, strict=True))
+    ]
+
+
+def share(weights):
+    weights = np.array(weights, dtype=np.longdouble)
+    return weights / weights.sum()
+
+
+def wide(tensor):
+    """NumPy's widest float: what comes out is exact compared to anything the package returns."""
+    return tensor.detach().double().numpy().astype(np.longdouble)
+
+
+def product(delta):
+    return delta.scaling * (wide(delta.B) @ wide(delta.A))
+
+
+def ideal(factors, weights):
+    return sum(w * product(delta) for w, delta in zip(share(weights), factors, strict=True))
+
+
+def mean_of(tensors, weights):
+    return sum(w * wide(tensor) for w, tensor in zip(share(weights), tensors, strict=True))
+
+
+def fedit(factors, weights):
+    A = mean_of([delta.A for delta in factors], weights)
+    B = mean_of([delta.B for delta in factors], weights)
+    return factors[0].scaling * (B @ A)
+
+
+def error(found, expected, scale=None):
+    """Frobenius norm of the difference, relative to `scale` or to the expected matrix."""
+    return float(
+        np.linalg.norm((found - expected).astype(float))
+        / np.linalg.norm((expected if scale is None else scale).astype(float))
+    )
+
+
+def aggregate_one(aggregator, factors, weights):
+    update = aggregator.aggregate(updates_of(factors), weights)
+    return update.adapters["layer"], update.residuals.get("layer")
+
+
+# ---- FedEx-LoRA ----
+
+
+@pytest.mark.parametrize("weights", WEIGHT_CASES, ids=str)
+def test_residual_is_ideal_minus_fedit(weights):
+    k = len(weights)
+    factors = factors_of(k)
+    mean, residual = aggregate_one(FedExAggregator(), factors, weights)
+    assert error(wide(mean.A), mean_of([delta.A for delta in factors], weights)) < 1e-7
+    assert error(wide(mean.B), mean_of([delta.B for delta in factors], weights)) < 1e-7
+    if k == 1:
+        assert residual is None
+        assert torch.equal(mean.A, factors[0].A)
+        assert torch.equal(mean.B, factors[0].B)
+        return
+    expected = ideal(factors, weights) - fedit(factors, weights)
+    assert error(product(residual), expected) < 3e-7
+    assert error(product(mean) + product(residual), ideal(factors, weights)) < 3e-7
+    # One contrast fewer than clients, whatever the paper's bound of k r says.
+    assert residual.A.shape == ((k - 1) * RANK, IN)
+    assert residual.B.shape == (OUT, (k - 1) * RANK)
+    assert residual.A.dtype == residual.B.dtype == torch.float32
+    assert residual.scaling == mean.scaling == 2.0
+
+
+def test_the_residual_needs_that_rank():
+    """(k - 1) r is not only enough: with fewer factors the residual cannot be written."""
+    factors = factors_of(3)
+    expected = ideal(factors, [12, 7, 9]) - fedit(factors, [12, 7, 9])
+    singular_values = np.linalg.svd(expected.astype(float), compute_uv=False)
+    assert singular_values[2 * RANK - 1] > 1e-2 * singular_values[0]
+    assert singular_values[2 * RANK] < 1e-12 * singular_values[0]
+
+
+@pytest.mark.parametrize("k", [2, 3, 7])
+def test_clients_that_agree_leave_no_residual(k):
+    factors = factors_of(1) * k
+    mean, residual = aggregate_one(FedExAggregator(), factors, range(1, k + 1))
+    assert error(product(mean), product(factors[0])) < 1e-7
+    assert np.linalg.norm(product(residual).astype(float)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_clients_that_agree_on_one_factor_leave_no_residual(name):
+    first, *others = factors_of(3)
+    others = [LowRankDelta(**({"A": d.A, "B": d.B, "scaling": 2.0} | {name: getattr(first, name)})) for d in others]
+    _, residual = aggregate_one(FedExAggregator(), [first, *others], [1, 2, 3])
+    assert np.linalg.norm(product(residual).astype(float)) < 1e-12
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2, 3], [3, 2, 1, 0], [2, 3, 0, 1]])
+@pytest.mark.parametrize("name", ["fedex", "fedit"])
+def test_the_order_of_the_clients_does_not_matter(name, order):
+    factors, weights = factors_of(4), [5, 1, 9, 2]
+    mean, residual = aggregate_one(get_aggregator(name), factors, weights)
+    mixed, mixed_residual = aggregate_one(
+        get_aggregator(name), [factors[i] for i in order], [weights[i] for i in order]
+    )
+    assert torch.allclose(mean.A, mixed.A, rtol=0, atol=1e-7)
+    assert torch.allclose(mean.B, mixed.B, rtol=0, atol=1e-7)
+    if name == "fedex":
+        assert error(product(mixed_residual), product(residual)) < 5e-7
+
+
+def test_only_the_ratio_of_the_weights_counts():
+    factors = factors_of(3)
+    mean, residual = aggregate_one(FedExAggregator(), factors, [1, 2, 5])
+    scaled, scaled_residual = aggregate_one(FedExAggregator(), factors, [1024, 2048, 5120])
+    assert torch.equal(mean.A, scaled.A)
+    assert torch.equal(residual.A, scaled_residual.A)
+    assert torch.equal(residual.B, scaled_residual.B)
+    other, _ = aggregate_one(FedExAggregator(), factors, [1, 2, 6])
+    assert not torch.allclose(mean.A, other.A)
+
+
+def test_weights_become_shares():
+    assert normalise([30, 10], 2).tolist() == [0.75, 0.25]
+    assert normalise([0.1] * 7, 7).sum().item() == pytest.approx(1.0, abs=1e-15)
+    assert normalise(torch.tensor([1.0, 3.0]), 2).dtype == torch.float64
+
+
+def test_a_large_common_part_costs_no_accuracy():
+    """Late in a run clients differ little from one another; the twin shows what the naive formula makes of it."""
+    factors, weights = factors_of(3, offset=1e4), [12, 7, 9]
+    expected = ideal(factors, weights) - fedit(factors, weights)
+    _, residual = aggregate_one(FedExAggregator(), factors, weights)
+    assert error(product(residual), expected) < 1e-6
+
+    shares = [float(w) for w in share(weights)]
+    A = sum(w * delta.A for w, delta in zip(shares, factors))
+    B = sum(w * delta.B for w, delta in zip(shares, factors))
+    naive = 2.0 * (sum(w * (delta.B @ delta.A) for w, delta in zip(shares, factors)) - B @ A)
+    assert naive.dtype == torch.float32
+    assert error(wide(naive), expected) > 1.0
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_residual_rank_is_the_best_approximation(rank):
+    factors, weights = factors_of(3), [12, 7, 9]
+    expected = ideal(factors, weights) - fedit(factors, weights)
+    aggregator = FedExAggregator(residual_rank=rank)
+    mean, residual = aggregate_one(aggregator, factors, weights)
+    assert not aggregator.is_exact
+    assert residual.rank == rank
+    U, S, Vh = np.linalg.svd(expected.astype(float), full_matrices=False)
+    best = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    assert error(product(residual), best) < 1e-6
+    assert np.linalg.norm((product(residual) - expected).astype(float)) == pytest.approx(
+        np.linalg.norm(S[rank:]), rel=1e-6
+    )
+    assert np.linalg.norm(S[rank:]) > 0.1 * np.linalg.norm(S)
+    assert torch.equal(mean.A, aggregate_one(FedITAggregator(), factors, weights)[0].A)
+
+
+@pytest.mark.parametrize("rank", [6, 7, 100])
+def test_a_residual_rank_that_is_enough_loses_nothing(rank):
+    factors, weights = factors_of(3), [12, 7, 9]
+    _, residual = aggregate_one(FedExAggregator(residual_rank=rank), factors, weights)
+    assert residual.rank == 2 * RANK
+    assert error(product(residual), ideal(factors, weights) - fedit(factors, weights)) < 3e-7
+
+
+def test_a_truncated_residual_of_clients_that_agree_is_zero():
+    _, residual = aggregate_one(FedExAggregator(residual_rank=4), factors_of(1) * 3, [1, 1, 1])
+    assert np.linalg.norm(product(residual).astype(float)) < 1e-12
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_residual_rank_must_be_positive(rank):
+    with pytest.raises(ValueError, match=rf"`residual_rank={rank}`.*`fedit`"):
+        FedExAggregator(residual_rank=rank)
+
+
+def test_full_residual_is_exact():
+    assert FedExAggregator().is_exact
+    assert FedExAggregator().changes_base
+    assert not FedITAggregator().is_exact
+    assert FFALoRAAggregator().is_exact
+
+
+# ---- FedIT ----
+
+
+def test_fedit_averages_factors_and_leaves_the_base_alone():
+    factors, weights = factors_of(3), [12, 7, 9]
+    update = FedITAggregator().aggregate(updates_of(factors), weights)
+    assert update.residuals == {}
+    assert error(product(update.adapters["layer"]), fedit(factors, weights)) < 2e-7
+    # The reason for the rest of this package:
+    assert error(product(update.adapters["layer"]), ideal(factors, weights)) > 0.1
+
+
+# ---- FFA-LoRA ----
+
+
+class TwoFactors(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(5, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 4, bias=False)})
+        self.head = nn.Linear(4, 2)
+
+
+def test_ffa_freezes_every_lora_a_and_nothing_else():
+    model = nn.Sequential(TwoFactors(), TwoFactors())
+    FFALoRAAggregator().configure_model(model)
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert {name for name, value in trained.items() if not value} == {
+        "0.lora_A.default.weight",
+        "1.lora_A.default.weight",
+    }
+    assert sum(trained.values()) == 6
+
+
+def test_ffa_refuses_a_model_without_lora():
+    with pytest.raises(ValueError, match="`Linear` has no `lora_A` parameter to freeze"):
+        FFALoRAAggregator().configure_model(nn.Linear(3, 3))
+
+
+def test_ffa_is_exact_for_one_a():
+    first, *others = factors_of(3)
+    factors = [first, *(LowRankDelta(first.A, delta.B, delta.scaling) for delta in others)]
+    mean, residual = aggregate_one(FFALoRAAggregator(), factors, [12, 7, 9])
+    assert residual is None
+    assert torch.equal(mean.A, first.A)
+    assert error(product(mean), ideal(factors, [12, 7, 9])) < 1e-7
+
+
+def test_ffa_refuses_a_that_differ():
+    first, second = factors_of(2)
+    changed = first.A.clone()
+    changed[0, 0] = torch.nextafter(changed[0, 0], torch.tensor(torch.inf))
+    with pytest.raises(ValueError, match=r"`A` factors differ.*`configure_model`"):
+        aggregate_one(FFALoRAAggregator(), [first, LowRankDelta(changed, second.B, 2.0)], [1, 1])
+
+
+# ---- What every method shares ----
+
+
+@pytest.mark.parametrize("name", sorted(AGGREGATORS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_means_are_taken_in_float64_and_rounded_once(name, dtype):
+    first, *others = factors_of(5, dtype=dtype)
+    factors = [first, *(LowRankDelta(first.A, delta.B, delta.scaling) for delta in others)]
+    heads = [torch.randn(4, 4, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(5)]
+    # Shares are sixteenths: every sum below is exact in float64, so there is one right answer, to the bit.
+    weights = [3, 1, 4, 1, 7]
+    update = get_aggregator(name).aggregate(updates_of(factors, [{"head": head} for head in heads]), weights)
+
+    def expected(tensors):
+        return torch.from_numpy(mean_of(tensors, weights).astype(float)).to(dtype)
+
+    B = update.adapters["layer"].B
+    assert B.dtype == update.adapters["layer"].A.dtype == dtype
+    assert torch.equal(B, expected([delta.B for delta in factors]))
+    assert torch.equal(update.adapters["layer"].A, first.A)
+    assert update.tensors["head"].dtype == dtype
+    assert torch.equal(update.tensors["head"], expected(heads))
+    if dtype != torch.float64:  # the twin: summed in the factors' own dtype
+        assert not torch.equal(B, sum(delta.B * (w / 16) for w, delta in zip(weights, factors)))
+
+
+def test_low_precision_factors_have_a_float32_residual():
+    factors, weights = factors_of(3, dtype=torch.bfloat16), [12, 7, 9]
+    _, residual = aggregate_one(FedExAggregator(), factors, weights)
+    assert residual.A.dtype == residual.B.dtype == torch.float32
+    assert error(product(residual), ideal(factors, weights) - fedit(factors, weights)) < 3e-7
+
+
+def test_layers_do_not_mix():
+    first, second = factors_of(3, seed=1), factors_of(3, seed=2, rank=2, scaling=0.5)
+    updates = [ClientUpdate(f"client-{i}", 1, 10, {"one": a, "two": b}) for i, (a, b) in enumerate(zip(first, second))]
+    update = FedExAggregator().aggregate(updates, [1, 2, 3])
+    assert list(update.adapters) == list(update.residuals) == ["one", "two"]
+    for layer, factors in {"one": first, "two": second}.items():
+        found = product(update.adapters[layer]) + product(update.residuals[layer])
+        assert error(found, ideal(factors, [1, 2, 3])) < 3e-7
+
+
+@pytest.mark.parametrize("name", sorted(AGGREGATORS))
+def test_the_clients_tensors_are_left_alone(name):
+    first, second = factors_of(2)
+    factors = [first, LowRankDelta(first.A, second.B, 2.0)]
+    tensors = [{"head": torch.ones(3)}, {"head": torch.zeros(3)}]
+    copies = [(delta.A.clone(), delta.B.clone()) for delta in factors]
+    update = get_aggregator(name).aggregate(updates_of(factors, tensors), [1, 3])
+    update.adapters["layer"].B.zero_()
+    assert update.tensors["head"].tolist() == [0.25] * 3
+    assert tensors[0]["head"].tolist() == [1.0] * 3
+    for delta, (A, B) in zip(factors, copies, strict=True):
+        assert torch.equal(delta.A, A)
+        assert torch.equal(delta.B, B)
+
+
+@pytest.mark.parametrize("name", sorted(AGGREGATORS))
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, 0.0], "positive finite"),
+        ([1.0, -1.0], "positive finite"),
+        ([1.0, float("nan")], "positive finite"),
+        ([1.0, float("inf")], "positive finite"),
+        ([1.0], r"shape \(1,\) for 2 updates"),
+        ([1.0, 1.0, 1.0], r"shape \(3,\) for 2 updates"),
+        ([[1.0, 1.0]], r"shape \(1, 2\) for 2 updates"),
+        ([], r"shape \(0,\) for 2 updates"),
+    ],
+)
+def test_bad_weights(name, weights, message):
+    with pytest.raises(ValueError, match=f"`client_weights`.*{message}|{message}"):
+        get_aggregator(name).aggregate(updates_of(factors_of(1) * 2), weights)
+
+
+@pytest.mark.parametrize("name", sorted(AGGREGATORS))
+def test_no_updates(name):
+    with pytest.raises(ValueError, match="at least one update"):
+        get_aggregator(name).aggregate([], [])
+
+
+def _other(delta, **changes):
+    return LowRankDelta(**({"A": delta.A, "B": delta.B, "scaling": delta.scaling} | changes))
+
+
+MISMATCHES = {
+    "rank": (lambda d: {"x.query": _other(d, A=d.A[:2], B=d.B[:, :2])}, {"head": torch.ones(3)}, "x.query"),
+    "in": (lambda d: {"x.query": _other(d, A=d.A[:, :5])}, {"head": torch.ones(3)}, "x.query"),
+    "out": (lambda d: {"x.query": _other(d, B=d.B[:5])}, {"head": torch.ones(3)}, "x.query"),
+    "scaling": (lambda d: {"x.query": _other(d, scaling=1.0)}, {"head": torch.ones(3)}, "x.query"),
+    "missing-layer": (lambda d: {}, {"head": torch.ones(3)}, "x.query"),
+    "other-layer": (lambda d: {"x.query": d, "x.key": d}, {"head": torch.ones(3)}, "x.key"),
+    "tensor-shape": (lambda d: {"x.query": d}, {"head": torch.ones(1, 3)}, "head"),
+    "missing-tensor": (lambda d: {"x.query": d}, {}, "head"),
+    "other-tensor": (lambda d: {"x.query": d}, {"head": torch.ones(3), "bias": torch.ones(1)}, "bias"),
+}
+
+
+@pytest.mark.parametrize("position", [1, 2])
+@pytest.mark.parametrize(("adapters", "tensors", "key"), MISMATCHES.values(), ids=MISMATCHES)
+def test_updates_that_do_not_fit_together(adapters, tensors, key, position):
+    delta = factors_of(1)[0]
+    updates = [ClientUpdate(f"client-{i}", 1, 10, {"x.query": delta}, {"head": torch.ones(3)}) for i in range(3)]
+    FedExAggregator().aggregate(updates, [1, 1, 1])
+    updates[position] = ClientUpdate(f"client-{position}", 1, 10, adapters(delta), tensors)
+    with pytest.raises(ValueError, match=rf"`client-0` and `client-{position}` do not fit together: `{key}`"):
+        FedExAggregator().aggregate(updates, [1, 1, 1])
+
+
+# ---- The registry ----
+
+
+def test_names_are_keys():
+    assert set(AGGREGATORS) == {"fedex", "fedit", "ffa"}
+    for name, cls in AGGREGATORS.items():
+        assert cls.name == name
+        assert type(get_aggregator(name)) is cls
+        assert cls.paper.startswith("https://arxiv.org/abs/")
+
+
+def test_arguments_reach_the_method():
+    aggregator = get_aggregator("fedex", residual_rank=4)
+    assert aggregator.residual_rank == 4
+    assert not aggregator.is_exact
+
+
+def test_an_instance_is_taken_as_it_is():
+    class Own(FedITAggregator):
+        name = "own"
+
+    own = Own()
+    assert get_aggregator(own) is own
+    assert isinstance(own, Aggregator)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "kind", "message"),
+    [
+        ("fedavg", {}, ValueError, "`aggregator='fedavg'` is unknown. Allowed: 'fedex', 'fedit', 'ffa'"),
+        ("FedEx", {}, ValueError, "is unknown"),
+        ("", {}, ValueError, "is unknown"),
+        (FedExAggregator(), {"residual_rank": 2}, ValueError, "already a `FedExAggregator`"),
+        (FedExAggregator, {}, TypeError, "`aggregator` is a `ABCMeta`"),
+        (None, {}, TypeError, "`aggregator` is a `NoneType`"),
+        ("fedit", {"residual_rank": 2}, TypeError, "do not fit the aggregator `fedit`"),
+        ("fedex", {"rank": 2}, TypeError, "do not fit the aggregator `fedex`"),
+        ("fedex", {"residual_rank": 0}, ValueError, "`residual_rank=0`"),
+    ],
+)
+def test_registry_errors(name, kwargs, kind, message):
+    with pytest.raises(kind, match=message):
+        get_aggregator(name, **kwargs)
+
+
+def test_the_interface_is_abstract():
+    with pytest.raises(TypeError, match="aggregate_layer"):
+        Aggregator()
