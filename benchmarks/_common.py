@@ -86,14 +86,14 @@ def parse_arguments(cls: type[T], description: str | None) -> T:
     return parser.parse_args_into_dataclasses()[0]
 
 
-def describe_model(name: str) -> str:
+def describe_model(name: str, rank: int = 4) -> str:
     """The model in words, its sizes counted."""
-    size, model = SIZES[name], build_model(SIZES[name])
+    size, model = SIZES[name], build_model(SIZES[name], rank)
     trained, total = model.get_nb_trainable_parameters()
     return (
         f"`{name}`: RoBERTa, {size.layers} layers of width {size.hidden}, {total / 1e6:.3g}M parameters, {trained:,} "
-        f"of them trained (LoRA of rank 4 on query and value, and the head); batches of {size.batch} x {size.tokens} "
-        "tokens"
+        f"of them trained (LoRA of rank {rank} on query and value, and the head); batches of {size.batch} x "
+        f"{size.tokens} tokens"
     )
 
 

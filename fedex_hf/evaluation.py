@@ -14,29 +14,36 @@ from fedex_hf.low_rank import concatenate
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
 
 
+_NOISE = 1e-12  # well above float64 rounding, well below anything that training does
+
+
 @dataclass(frozen=True)
 class LayerExactness:
     """Frobenius norms for one layer and one round, float64.
 
     Args:
-        change: Norm of the ideal change of the effective weight, `sum w_i (W + dW_i) - (W + dW)`.
+        change: Norm of the ideal change of the effective weight, `sum w_i (W + dW_i) - (W + dW)`; 0 where it is
+            nothing but float64 rounding.
         error: Norm of (effective weight that is installed - ideal effective weight).
         fedit: Norm of (effective weight that FedIT would have installed - ideal effective weight).
+        resolution: Norm below which the base weight's own dtype resolves nothing. Where nothing should have changed,
+            a ratio has no denominator: an error up to this counts as 0, one above as infinite.
     """
 
     change: float
     error: float
     fedit: float
+    resolution: float = 0.0
 
     @property
     def aggregation_error(self) -> float:
         """`error` relative to `change`."""
-        return _ratio(self.error, self.change)
+        return _ratio(self.error, self.change, self.resolution)
 
     @property
     def fedit_deviation(self) -> float:
         """`fedit` relative to `change`."""
-        return _ratio(self.fedit, self.change)
+        return _ratio(self.fedit, self.change, self.resolution)
 
 
 @dataclass(frozen=True)
@@ -52,12 +59,12 @@ class Exactness:
     @property
     def aggregation_error(self) -> float:
         """Relative error over all adapted layers: root of the summed squares, relative to that of the ideal change."""
-        return _ratio(self._norm("error"), self._norm("change"))
+        return _ratio(self._norm("error"), self._norm("change"), self._norm("resolution"))
 
     @property
     def fedit_deviation(self) -> float:
         """The relative error that averaging the factors would have had in this round."""
-        return _ratio(self._norm("fedit"), self._norm("change"))
+        return _ratio(self._norm("fedit"), self._norm("change"), self._norm("resolution"))
 
     def _norm(self, name: str) -> float:
         return math.sqrt(math.fsum(getattr(layer, name) ** 2 for layer in self.layers.values()))
@@ -89,14 +96,15 @@ def measure_exactness(
     for name, site in adapted.sites.items():
         factors = [update.adapters[name] for update in updates]
         # Relative to the base weight that the clients trained on, which is the same in all terms.
-        ideal = site.dense(_weighted_sum(factors, weights))
-        installed = site.dense(site.read()) + (
-            site.base_weight.detach().cpu().double() - adapted.base_weight_at(name, ledger_before).double()
-        )
+        ideal, start = site.dense(_weighted_sum(factors, weights)), site.dense(before.adapters[name])
+        weight = site.base_weight.detach().cpu()
+        added = weight.double() - adapted.base_weight_at(name, ledger_before).double()
+        change = _norm(ideal - start)
         layers[name] = LayerExactness(
-            change=_norm(ideal - site.dense(before.adapters[name])),
-            error=_norm(installed - ideal),
+            change=change if change > _NOISE * (_norm(ideal) + _norm(start)) else 0.0,
+            error=_norm(site.dense(site.read()) + added - ideal),
             fedit=_norm(site.dense(mean_factors(factors, weights)) - ideal),
+            resolution=torch.finfo(weight.dtype).eps * _norm(weight.double()),
         )
     return Exactness(layers)
 
@@ -115,5 +123,7 @@ def _norm(matrix: torch.Tensor) -> float:
     return torch.linalg.matrix_norm(matrix).item()
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else (0.0 if part == 0 else math.inf)
+def _ratio(part: float, whole: float, resolution: float) -> float:
+    if whole > 0:
+        return part / whole
+    return 0.0 if part <= resolution else math.inf

@@ -433,9 +433,9 @@ def test_the_best_round_is_kept_and_loaded_with_its_base_after_a_resume(tmp_path
     assert trainer.federation.round == best
     assert trainer.state.best_model_checkpoint == str(tmp_path / names(best)[0])
     assert kept(tmp_path) == names(*sorted({best, 3} | ({2} if best == 3 else set())))
+    assert_same(outcome(trainer), uninterrupted(best_round=best, **BEST))
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert trainer.evaluate()["eval_loss"] == losses[best - 1]
-    assert_same(outcome(trainer), uninterrupted(best_round=best, **BEST))
 
 
 @pytest.mark.parametrize("moved_after_round", [2, 3])

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -60,7 +60,6 @@ class Program:
     module: types.ModuleType
     folder: Path
     printed: str | None = None
-    executed: list[str] = field(default_factory=list)
 
     def execute(self, code: str, place: str, line: int = 1) -> None:
         """Run code in the page's namespace; tracebacks show the lines of the page."""
@@ -68,7 +67,6 @@ class Program:
         with contextlib.redirect_stdout(output):
             exec(compile("\n" * (line - 1) + code, ROOT / place.partition(":")[0], "exec"), vars(self.module))
         self.printed = output.getvalue()
-        self.executed.append(place)
 
 
 def blocks_of(page: str, text: str | None = None) -> list[Block]:
@@ -133,8 +131,8 @@ def run_diff(program: Program, block: Block) -> None:
     write_stand_ins(old.folder)
     write_stand_ins(program.folder)
     for each, code in ((old, before), (program, after)):
-        with contextlib.chdir(each.folder):
-            each.execute(code, block.place, block.line)
+        os.chdir(each.folder)  # `monkeypatch.chdir` of the test brings us back
+        each.execute(code, block.place)
     assert (old.folder / "model").is_dir(), f"{block.place}: the standard script saves no model"
 
 

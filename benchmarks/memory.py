@@ -1,0 +1,345 @@
+"""Memory that a round takes as its clients become more: peak with 64 clients beside peak with 3.
+
+    python benchmarks/memory.py
+    python benchmarks/memory.py --rounds 1 --repeats 1 --model tiny
+    python benchmarks/memory.py --output docs/benchmarks/memory.md
+
+The claim: a round of k clients needs no more than a round of 3 clients and k - 3 adapters, an adapter being what one
+client sends (its LoRA factors and its head). Each run is a process of its own, with the same model, data and steps per
+client. Two peaks are taken:
+
+- resident memory of the process during `train()`, as the system counts it (Linux: `VmHWM`, reset before `train()`)
+- bytes that torch has allocated during `train()`, to the byte, from the memory events of torch's profiler, in runs of
+  their own, split by what the round was doing
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from _common import SIZES, build_data, build_model, describe_machine, describe_model, markdown_table
+from _common import parse_arguments, publish
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import PrinterCallback
+from transformers.utils import logging
+
+from fedex_hf import ClientUpdate, FederatedTrainer, FederatedTrainingArguments, GlobalUpdate
+from fedex_hf.updates import payload_bytes
+
+
+MB = 1e6
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to measure."""
+
+    clients: list[int] = field(default_factory=lambda: [3, 64], metadata={"help": "Clients per round: few, many."})
+    rounds: list[int] = field(default_factory=lambda: [1, 3], metadata={"help": "Server rounds, one comparison each."})
+    steps: int = field(default=2, metadata={"help": "Optimizer steps per client and round."})
+    model: str = field(default="20M", metadata={"help": "Model to train.", "choices": list(SIZES)})
+    rank: int = field(default=4, metadata={"help": "LoRA rank."})
+    repeats: int = field(default=3, metadata={"help": "Processes per number of clients; the median is reported."})
+    threads: int | None = field(default=None, metadata={"help": "Threads of torch; its own choice if not given."})
+    output: str | None = field(
+        default=None, metadata={"help": "Write the report to this .md file, or into this folder as memory.md."}
+    )
+    child: str | None = field(
+        default=None,
+        metadata={
+            "help": "Internal: be one run, print its figures as JSON, and take this peak.",
+            "choices": ["resident", "allocated"],
+        },
+    )
+
+
+# ---- One run, in a process of its own ----
+
+
+class WatchedFederatedTrainer(FederatedTrainer):
+    """Marks the phases of a round for the profiler, and counts the bytes that are held when most is held."""
+
+    held: dict[str, int] = {}
+    adapter_bytes = 0
+
+    def fit_client(self, client_id: str, round: int) -> ClientUpdate:
+        _mark("fit")
+        update = super().fit_client(client_id, round)
+        self.adapter_bytes = payload_bytes(update)
+        return update
+
+    def aggregate(self, round: int, updates: Sequence[ClientUpdate]) -> GlobalUpdate:
+        _mark("aggregate")
+        self._before = (self.federation.state, self.federation.ledger)
+        return super().aggregate(round, updates)
+
+    def apply_update(self, update: GlobalUpdate) -> None:
+        _mark("apply")
+        super().apply_update(update)
+        _mark("certificate")
+
+    def round_metrics(self, updates: Sequence[ClientUpdate], update: GlobalUpdate, *args: Any) -> dict[str, float]:
+        _mark("rest")
+        (old_state, old_ledger), self._before = self._before, ()
+        held = _count(
+            {
+                "model": list(self.adapted.model.parameters()),
+                "original base weights": self.adapted.originals,
+                "clients' updates": [(each.adapters, each.tensors) for each in updates],
+                "global state, old and new": [(each.adapters, each.tensors) for each in (old_state, update)],
+                "residual factors of the round": update.residuals,
+                "ledger, old and new": [
+                    (each.factors, each.matrices) for each in (old_ledger, self.federation.ledger)
+                ],
+            }
+        )
+        self.held = max(self.held, held, key=lambda each: sum(each.values()))
+        return super().round_metrics(updates, update, *args)
+
+
+def _mark(phase: str) -> None:
+    with record_function(f"phase {phase}"):
+        pass
+
+
+def _count(holders: dict[str, Any]) -> dict[str, int]:
+    """Bytes of every holder's tensors; a tensor that two hold counts for the first."""
+    seen: set[int] = set()
+    result = {}
+    for name, holder in holders.items():
+        new = {tensor.data_ptr(): tensor.nbytes for tensor in _tensors(holder) if tensor.data_ptr() not in seen}
+        seen |= new.keys()
+        result[name] = sum(new.values())
+    return result
+
+
+def _tensors(holder: Any) -> Iterator[torch.Tensor]:
+    if isinstance(holder, torch.Tensor):
+        yield holder
+    elif isinstance(holder, dict):
+        yield from _tensors(list(holder.values()))
+    elif isinstance(holder, (list, tuple)):
+        for each in holder:
+            yield from _tensors(each)
+    else:  # a LowRankDelta
+        yield from (holder.A, holder.B)
+
+
+def run_child(args: BenchmarkArguments, clients: int, rounds: int) -> dict[str, Any]:
+    """One federated run; returns its figures, in bytes."""
+    size = SIZES[args.model]
+    model = build_model(size, args.rank)
+    # The data of the larger federation in either case: what differs is the number of clients.
+    data = build_data(size, max(args.clients) * args.steps * size.batch)
+    shares = [data.shard(max(args.clients), index, contiguous=True) for index in range(clients)]
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer = WatchedFederatedTrainer(
+            model,
+            FederatedTrainingArguments(
+                output_dir=output_dir,
+                num_rounds=rounds,
+                per_device_train_batch_size=size.batch,
+                learning_rate=1e-3,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=True,
+            ),
+            train_dataset={f"client-{index}": share for index, share in enumerate(shares)},
+        )
+        trainer.remove_callback(PrinterCallback)
+        with _peak_allocated() if args.child == "allocated" else _peak_resident() as peaks:
+            trainer.train()
+    return {"adapter": trainer.adapter_bytes, "held": trainer.held, "peaks": peaks}
+
+
+@contextmanager
+def _peak_resident() -> Iterator[dict[str, int]]:
+    """Peak of the process's resident memory while the block runs, bytes."""
+    peaks: dict[str, int] = {}
+    reset = Path("/proc/self/clear_refs")
+    try:
+        reset.write_text("5")  # sets VmHWM to what is resident now; Linux
+    except OSError:
+        pass  # the peak since the process began, then
+    yield peaks
+    status = Path("/proc/self/status")
+    if status.is_file():  # of this process alone; ru_maxrss starts with what the parent had at the fork
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        peaks["whole run"] = int(line.split()[1]) * 1024
+    else:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peaks["whole run"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def _peak_allocated() -> Iterator[dict[str, int]]:
+    """Peaks of what torch allocates and has not freed since the block began, bytes, by phase."""
+    peaks: dict[str, int] = {}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield peaks
+    phase, now = "rest", 0
+    events = profiler.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name().startswith("phase "):
+            phase = event.name().removeprefix("phase ")
+        elif event.name() == "[memory]":
+            now += event.nbytes()
+            peaks[phase] = max(peaks.get(phase, 0), now)
+    peaks["whole run"] = max(peaks.values())
+
+
+# ---- The comparison ----
+
+
+@dataclass
+class Comparison:
+    """Figures of the runs with few and with many clients, bytes.
+
+    Args:
+        rounds: Server rounds of each run.
+        clients: Clients per round, few and many.
+        adapter: What one client sends.
+        resident: Clients -> peak of resident memory of every repeat.
+        allocated: Clients -> peak of what torch allocated, by phase.
+        held: Clients -> bytes held at the end of the round that held most, by holder.
+    """
+
+    rounds: int
+    clients: tuple[int, int]
+    adapter: int
+    resident: dict[int, list[int]]
+    allocated: dict[int, dict[str, int]]
+    held: dict[int, dict[str, int]]
+
+    def row(self, what: str, few: float, many: float) -> list[str]:
+        """A row of the summary: few clients, allowed for many, measured with many, verdict."""
+        allowed = few + (self.clients[1] - self.clients[0]) * self.adapter
+        verdict = "yes" if many <= allowed else f"NO, by {(many - allowed) / MB:.1f}"
+        return [what, str(self.rounds), *(f"{each / MB:.1f}" for each in (few, allowed, many)), verdict]
+
+
+def compare(args: BenchmarkArguments, rounds: int) -> Comparison:
+    """Run few and many clients, in turns."""
+    few, many = args.clients
+    resident: dict[int, list[int]] = {few: [], many: []}
+    for _ in range(args.repeats):
+        for clients in (few, many):
+            resident[clients].append(_spawn(args, clients, rounds, "resident")["peaks"]["whole run"])
+    traced = {clients: _spawn(args, clients, rounds, "allocated") for clients in (few, many)}
+    return Comparison(
+        rounds=rounds,
+        clients=(few, many),
+        adapter=traced[few]["adapter"],
+        resident=resident,
+        allocated={clients: run["peaks"] for clients, run in traced.items()},
+        held={clients: run["held"] for clients, run in traced.items()},
+    )
+
+
+def _spawn(args: BenchmarkArguments, clients: int, rounds: int, child: str) -> dict[str, Any]:
+    flags = {
+        "--child": child,
+        "--clients": f"{clients} {max(args.clients)}",
+        "--rounds": rounds,
+        "--steps": args.steps,
+        "--model": args.model,
+        "--rank": args.rank,
+    } | ({} if args.threads is None else {"--threads": args.threads})
+    command = [
+        sys.executable,
+        __file__,
+        *(word for pair in flags.items() for item in pair for word in str(item).split()),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"A run of {clients} clients failed:\n{result.stderr[-3000:]}")
+    print(f"{rounds} rounds, {clients} clients, {child}: done", flush=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+# ---- The report ----
+
+
+NOTES = """\
+1 MB = 1,000,000 bytes. *Allowed* is the peak with {few} clients and {more} adapters of {adapter:.3f} MB, each what one
+client sends. *Resident* is the median over {repeats} processes (the peak of the process while `train()` runs, with
+libraries and model in it); *allocated* is what torch has taken and not given back since `train()` began, so without
+the model, and is exact."""
+
+
+def report(comparisons: Sequence[Comparison], args: BenchmarkArguments) -> str:
+    """The whole page, in Markdown."""
+    few, many = args.clients
+    head = ("peak", "rounds", f"{few} clients, MB", f"allowed for {many}, MB", f"{many} clients, MB", "holds")
+    rows = []
+    for each in comparisons:
+        rows.append(each.row("resident", *(median(each.resident[clients]) for clients in each.clients)))
+        rows.append(each.row("allocated", *(each.allocated[clients]["whole run"] for clients in each.clients)))
+    adapter = comparisons[0].adapter / MB
+    sections = [
+        f"# Memory of a round with {many} clients",
+        f"Claim: at most the peak with {few} clients and {many - few} adapters.",
+        f"- {describe_model(args.model, args.rank)}",
+        describe_machine(),
+        markdown_table(head, rows),
+        NOTES.format(few=few, more=many - few, adapter=adapter, repeats=args.repeats),
+    ]
+    for each in comparisons:
+        sections += [f"## {each.rounds} rounds" if each.rounds > 1 else "## 1 round", *_details(each)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _details(each: Comparison) -> list[str]:
+    few, many = each.clients
+    head = (f"{few} clients, MB", f"{many} clients, MB", "per further client, adapters")
+
+    def table(first: str, figures: dict[int, dict[str, int]]) -> str:
+        rows = []
+        for name in figures[few]:
+            low, high = figures[few][name], figures[many].get(name, 0)
+            further = (high - low) / (many - few) / each.adapter
+            rows.append([name, f"{low / MB:.2f}", f"{high / MB:.2f}", f"{further:.2f}"])
+        return markdown_table((first, *head), rows)
+
+    resident = "; ".join(
+        f"{clients} clients {', '.join(f'{peak / MB:.1f}' for peak in peaks)}"
+        for clients, peaks in each.resident.items()
+    )
+    return [
+        f"Resident, every repeat, MB: {resident}.",
+        "Allocated by torch, peak by phase of a round:",
+        table("phase", each.allocated),
+        "Held at the end of the round, before the clients' updates are dropped:",
+        table("tensors", each.held),
+    ]
+
+
+def main() -> None:
+    args = parse_arguments(BenchmarkArguments, __doc__)
+    logging.set_verbosity_error()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.child is not None:
+        print(json.dumps(run_child(args, clients=args.clients[0], rounds=args.rounds[0])))
+        return
+    if len(args.clients) != 2 or args.clients[0] >= args.clients[1]:
+        raise SystemExit(f"`--clients {args.clients}`: give two numbers, the smaller one first.")
+    publish(report([compare(args, rounds) for rounds in args.rounds], args), args.output, __file__)
+
+
+if __name__ == "__main__":
+    main()
