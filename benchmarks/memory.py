@@ -20,15 +20,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from _common import SIZES, build_data, build_model, describe_machine, describe_model, markdown_table
-from _common import parse_arguments, publish
+from _common import (
+    SIZES,
+    build_data,
+    build_model,
+    describe_machine,
+    describe_model,
+    markdown_table,
+    parse_arguments,
+    publish,
+)
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PrinterCallback
 from transformers.utils import logging
@@ -169,10 +177,8 @@ def _peak_resident() -> Iterator[dict[str, int]]:
     """Peak of the process's resident memory while the block runs, bytes."""
     peaks: dict[str, int] = {}
     reset = Path("/proc/self/clear_refs")
-    try:
-        reset.write_text("5")  # sets VmHWM to what is resident now; Linux
-    except OSError:
-        pass  # the peak since the process began, then
+    with suppress(OSError):  # elsewhere than on Linux: the peak since the process began
+        reset.write_text("5")  # sets VmHWM to what is resident now
     yield peaks
     status = Path("/proc/self/status")
     if status.is_file():  # of this process alone; ru_maxrss starts with what the parent had at the fork

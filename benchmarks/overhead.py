@@ -8,9 +8,9 @@ Both train the same model on the same examples with the same batch size, in one 
 one ratio, and the median over the pairs is reported. Timed is everything from the trainer's constructor to the return
 of `train()`. The plain `Trainer` sees all clients' data as one dataset, once per round.
 
-`Trainer.train()` begins with a full garbage collection, about 0.2 s over the objects of torch and transformers. A plain
-run pays it once, and so does a federated one, which exempts those objects for its clients' fits. What the collector
-took is measured in every run, and all figures are given with and without it.
+`Trainer.train()` begins with a full garbage collection, about 0.2 s over the objects of torch and transformers. A
+plain run pays it once, and so does a federated one, which exempts those objects for its clients' fits. What the
+collector took is measured in every run, and all figures are given with and without it.
 """
 
 from __future__ import annotations
@@ -397,7 +397,7 @@ def report(measurements: dict[str, Measurement], args: BenchmarkArguments, machi
     )
     sections = [
         "# Time that federated fits add",
-        "N client fits of S steps under `FederatedTrainer` beside one plain `Trainer` of N x S steps, on the same data.",
+        "N client fits of S steps under `FederatedTrainer` beside one plain `Trainer` of N x S steps, same data.",
         models,
         machine,
         summary(measurements),

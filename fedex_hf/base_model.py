@@ -241,8 +241,8 @@ def _check_peft_model(model: nn.Module) -> PeftModel:
     start = cast(LoraConfig, config).init_lora_weights
     if start not in (True, False, "gaussian", "orthogonal"):
         raise UnsupportedModelError(
-            f"`init_lora_weights={start!r}` changes the base weights at initialisation, which is "
-            'not supported yet. Allowed: True, False, "gaussian", "orthogonal".'
+            f"`init_lora_weights={start!r}` is not supported yet: such a start sets the base weight or the factors "
+            'from the weights or the data. Allowed: True, False, "gaussian", "orthogonal".'
         )
     return model
 

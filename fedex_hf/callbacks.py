@@ -98,7 +98,7 @@ class ClientBridge(TrainerCallback):
         return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs is not None and "train_runtime" not in logs:  # the end of one fit is not the end of training
+        if logs is not None and "train_loss" not in logs:  # the end of one fit is not the end of training
             self.federation.log_client(logs)
 
     def on_prediction_step(self, args, state, control, **kwargs):

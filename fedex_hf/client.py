@@ -15,12 +15,15 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput, has_length
+from transformers.utils import logging
 
 from fedex_hf.training_args import FederatedTrainingArguments
 
 
 if TYPE_CHECKING:
     from fedex_hf.callbacks import ClientBridge
+
+logger = logging.get_logger(__name__)
 
 # What the federation does itself, between rounds; a client's trainer only trains, evaluates and predicts.
 _FEDERATION_OWNS = {
@@ -64,7 +67,9 @@ class _ClientFit(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.plan.optimizer_state is not None:
             # Moments and step counts only: the learning rate belongs to the schedule of this fit.
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": self.plan.optimizer_state})
+            # A copy: the optimizer would otherwise go on in the tensors that a failing fit must leave as they were.
+            state = _to_cpu(self.plan.optimizer_state)
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
@@ -180,9 +185,10 @@ class ClientRunner:
     def _dataset(self, client_id: str) -> Any:
         if client_id not in self._prepared:
             dataset = self.datasets[client_id]
-            self._prepared[client_id] = (
-                self._build(dataset, None, None).train_dataset if self._prepares_dataset else dataset
-            )
+            if self._prepares_dataset:
+                with _same_forward(self._kwargs["model"]):
+                    dataset = self._build(dataset, None, None).train_dataset
+            self._prepared[client_id] = dataset
         return self._prepared[client_id]
 
     def _build(self, dataset: Any, eval_dataset: Any, bridge: ClientBridge | None) -> _ClientFit:
@@ -231,18 +237,47 @@ def client_args(args: FederatedTrainingArguments, template: TrainingArguments | 
         template: Arguments of the class that the client's trainer wants (`SFTConfig`, `Seq2SeqTrainingArguments`);
             its own further fields are kept.
     """
-    names = [f.name for f in fields(TrainingArguments) if f.init]
+    shared = {f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init}
     if template is not None:
-        result = copy.copy(template)
-        for name in names:
-            setattr(result, name, getattr(args, name))
+        own = {f.name: getattr(template, f.name) for f in fields(template) if f.init}
+        _warn_of_overridden(template, shared)
+        result = type(template)(**(own | shared))
     elif type(args) is FederatedTrainingArguments:
-        result = TrainingArguments(**{name: getattr(args, name) for name in names})
+        result = TrainingArguments(**shared)
     else:  # the user's own class that joins ours with, say, SFTConfig
         result = copy.copy(args)
     for name, value in _FEDERATION_OWNS.items():
         setattr(result, name, value)
     return result
+
+
+def _warn_of_overridden(template: TrainingArguments, shared: Mapping[str, Any]) -> None:
+    """Name the fields that the user set in the template and that `args` decide otherwise."""
+    defaults = {f.name: f.default for f in fields(template)}
+    overridden = [
+        f"{name}={getattr(template, name)!r}"
+        for name, value in shared.items()
+        if name != "output_dir" and getattr(template, name) not in (defaults[name], value)
+    ]
+    if overridden:
+        logger.warning(
+            f"`client_trainer_kwargs['args']` sets {', '.join(overridden)}, which `args` override: the template keeps "
+            "only the fields that `TrainingArguments` does not have. Set them in `args`."
+        )
+
+
+@contextmanager
+def _same_forward(model: torch.nn.Module) -> Iterator[None]:
+    """Undo what is done to `forward` inside: a `Trainer` that wraps it would wrap it once more for every client."""
+    before = {module: vars(module).get("forward") for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = forward
 
 
 @contextmanager

@@ -48,7 +48,12 @@ def compress(delta: LowRankDelta, rank: int | None = None) -> LowRankDelta:
     Returns:
         Factors of rank at most `min(rank, in_features, out_features)`, each singular value split evenly between `A`
         and `B`, with the scaling of `delta`.
+
+    Raises:
+        ValueError: If `rank` is below 1.
     """
+    if rank is not None and rank < 1:
+        raise ValueError(f"`rank={rank}` keeps nothing. Allowed: at least 1, or `None` to keep everything.")
     left, core, right = _core(delta)
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     # Anything below this is rounding of the input's own dtype: it carries nothing and would only cost rank.

@@ -21,7 +21,13 @@ from fedex_hf.evaluation import Exactness, measure_exactness
 from fedex_hf.round_trainer import RoundTrainer, default_callback_types
 from fedex_hf.training_args import FederatedTrainingArguments
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, payload_bytes
-from fedex_hf.validation import client_datasets, refuse_overrides, refuse_prebuilt_optimizer, sampled_per_round
+from fedex_hf.validation import (
+    client_datasets,
+    refuse_federation_kwargs,
+    refuse_overrides,
+    refuse_prebuilt_optimizer,
+    sampled_per_round,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -80,6 +86,7 @@ class FederatedTrainer(RoundTrainer):
         args = FederatedTrainingArguments(output_dir="tmp_trainer") if args is None else args
         refuse_overrides(type(self), args, model, model_init, client_trainer_cls)
         refuse_prebuilt_optimizer(optimizers)
+        refuse_federation_kwargs(client_trainer_kwargs or {})
         clients = client_datasets(train_dataset, args)
         if peft_config is not None:
             if isinstance(model, PeftModel):
@@ -191,6 +198,7 @@ class FederatedTrainer(RoundTrainer):
         """
         updates: list[ClientUpdate] = []
         self._new_optimizer_states = {}
+        before = self.state.global_step
         for client_id in clients:
             planned = self.state.global_step + self.clients.num_steps(client_id)
             try:
@@ -198,6 +206,7 @@ class FederatedTrainer(RoundTrainer):
             except Exception as error:
                 if self.args.client_errors == "raise":
                     raise
+                self._new_optimizer_states.pop(client_id, None)
                 logger.warning(f"Round {round}: client `{client_id}` is left out: {type(error).__name__}: {error}")
             else:
                 updates.append(update)
@@ -212,6 +221,10 @@ class FederatedTrainer(RoundTrainer):
                 f"`min_clients={self.args.min_clients}`. The model is that of round {self.federation.round}; mend the "
                 "clients named above and resume, or lower `min_clients`."
             )
+        # `Trainer` divides its loss by all steps: the steps of clients left out count with the mean of the others.
+        steps = sum(update.metrics["steps"] for update in updates)
+        loss = sum(update.metrics["train_loss"] * update.metrics["steps"] for update in updates)
+        self._tr_loss = self._tr_loss + loss * ((self.state.global_step - before) / steps)
         return updates
 
     def fit_client(self, client_id: str, round: int) -> ClientUpdate:
@@ -232,7 +245,6 @@ class FederatedTrainer(RoundTrainer):
             earlier = sum(client_id in self.sample_clients(before) for before in range(1, round))
         with self._fit_of(client_id, round):
             output = self.clients.fit(client_id, plan, earlier)
-        self._tr_loss = self._tr_loss + output.training_loss * output.global_step
         self.current_flos += int(self.clients.trainer.state.total_flos)
         self.state.num_input_tokens_seen += self.clients.trainer.state.num_input_tokens_seen
         trained = self.adapted.read()

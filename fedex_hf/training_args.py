@@ -18,7 +18,7 @@ _CHOICES = {
     "lr_schedule": ("round", "run"),
     "client_errors": ("raise", "skip"),
 }
-# Schedules that react to what they see cannot be entered in the middle by arithmetic.
+# Schedules that react to metrics.
 _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -145,10 +145,11 @@ class FederatedTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"`{name}={value!r}` is not allowed. Allowed: {', '.join(map(repr, allowed))}.")
-        if self.lr_schedule == "run" and SchedulerType(self.lr_scheduler_type).value in _STATEFUL_SCHEDULES:
+        schedule = SchedulerType(self.lr_scheduler_type).value
+        if schedule in _STATEFUL_SCHEDULES:
             raise ValueError(
-                f'`lr_schedule="run"` cannot continue `lr_scheduler_type={SchedulerType(self.lr_scheduler_type).value!r}` from one '
-                'round to the next. Use `lr_schedule="round"`, or a schedule that is a function of the step.'
+                f"`lr_scheduler_type={schedule!r}` waits for metrics, and a client's fit has none: evaluation comes "
+                "after the round. Use a schedule that is a function of the step."
             )
         _check_unsupported(self)
         get_aggregator(self.aggregator, **self.parsed_aggregator_kwargs)

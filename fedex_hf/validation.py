@@ -75,6 +75,20 @@ def refuse_prebuilt_optimizer(optimizers: tuple[Any, Any]) -> None:
         )
 
 
+def refuse_federation_kwargs(client_trainer_kwargs: Mapping[str, Any]) -> None:
+    """Refuse constructor arguments that belong to the federation among those of a client's trainer.
+
+    Raises:
+        ValueError: If there are any; the message names them.
+    """
+    owned = [name for name in ("model", "train_dataset", "eval_dataset", "callbacks") if name in client_trainer_kwargs]
+    if owned:
+        raise ValueError(
+            f"`client_trainer_kwargs` holds `{'`, `'.join(owned)}`, which clients get from the federation. Pass them "
+            "to `FederatedTrainer` itself."
+        )
+
+
 def client_datasets(train_dataset: Any, args: FederatedTrainingArguments) -> dict[str, Any]:
     """The clients' datasets: the dictionary as given, or one dataset partitioned by the arguments.
 

@@ -311,11 +311,38 @@ def test_means_are_taken_in_float64_and_rounded_once(name, dtype):
         assert not torch.equal(B, sum(delta.B * (w / 16) for w, delta in zip(weights, factors)))
 
 
-def test_low_precision_factors_have_a_float32_residual():
-    factors, weights = factors_of(3, dtype=torch.bfloat16), [12, 7, 9]
-    _, residual = aggregate_one(FedExAggregator(), factors, weights)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_residual_makes_up_for_rounding_the_means(dtype):
+    """The means go back to the clients in their dtype; what that rounding takes away is in the float32 residual."""
+    factors, weights = factors_of(3, dtype=dtype), [12, 7, 9]
+    mean, residual = aggregate_one(FedExAggregator(), factors, weights)
+    assert mean.A.dtype == mean.B.dtype == dtype
     assert residual.A.dtype == residual.B.dtype == torch.float32
-    assert error(product(residual), ideal(factors, weights) - fedit(factors, weights)) < 3e-7
+    assert residual.rank == 2 * 3 + 2 * 3  # (k - 1) r and 2 r
+    assert error(product(mean) + product(residual), ideal(factors, weights)) < 3e-7
+    # The twin: the residual around the means that were not rounded.
+    around_exact = ideal(factors, weights) - fedit(factors, weights)
+    assert error(product(mean) + around_exact, ideal(factors, weights)) > 1e-4
+
+
+def test_a_method_that_hides_its_residual_is_refused():
+    class Hidden(FedExAggregator):
+        changes_base = False
+
+    with pytest.raises(ValueError, match=r"`Hidden\.aggregate_layer` returned a residual for `layer`"):
+        aggregate_one(Hidden(), factors_of(3), [1, 1, 1])
+
+
+@pytest.mark.parametrize("rank", [0, -2, 2.5, "4"])
+def test_a_residual_rank_that_is_no_rank_is_refused(rank):
+    with pytest.raises(ValueError, match="`residual_rank="):
+        FedExAggregator(residual_rank=rank)
+
+
+def test_clients_in_different_dtypes_are_refused():
+    first, second = factors_of(1)[0], factors_of(1, dtype=torch.bfloat16)[0]
+    with pytest.raises(ValueError, match="same dtype"):
+        aggregate_one(FedExAggregator(), [first, second], [1, 1])
 
 
 def test_layers_do_not_mix():

@@ -152,8 +152,8 @@ REFUSED = {
         "`.*conv` is a LoRA `Conv2d`.*`nn.Linear` and `Conv1D`",
     ),
     "merged": (merged, r"`.*query` holds a merged adapter.*`model.unmerge_adapter\(\)`"),
-    "pissa": (lambda: roberta(init_lora_weights="pissa"), "`init_lora_weights='pissa'` changes the base weights"),
-    "olora": (lambda: roberta(init_lora_weights="olora"), "`init_lora_weights='olora'` changes the base weights"),
+    "pissa": (lambda: roberta(init_lora_weights="pissa"), "`init_lora_weights='pissa'` is not supported yet"),
+    "olora": (lambda: roberta(init_lora_weights="olora"), "`init_lora_weights='olora'` is not supported yet"),
     "batch-norm": (
         lambda: with_lora(Convolutional(), target_modules=["head"]),
         "`.*norm` keeps running statistics.*`track_running_stats=False`",

@@ -176,6 +176,9 @@ def masking_collator(features):
         pytest.param({"warmup_steps": 0.25, "lr_scheduler_type": "cosine"}, id="warmup-fraction"),
         pytest.param({"weight_decay": 0.1, "max_grad_norm": 0.05, "optim": "adamw_torch"}, id="clipping"),
         pytest.param({"optim": "sgd"}, id="sgd"),
+        pytest.param({"accelerator_config": {"use_seedable_sampler": False}}, id="unseeded-sampler"),
+        pytest.param({"train_sampling_strategy": "group_by_length"}, id="by-length"),
+        pytest.param({"neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1}, id="noise-and-smoothing"),
     ],
 )
 def test_one_client_one_round_is_the_plain_trainer(tmp_path, kwargs):
@@ -188,6 +191,7 @@ def test_one_client_one_round_is_the_plain_trainer(tmp_path, kwargs):
     assert len(steps_of(expected)) == expected.state.global_step > 1
     assert steps_of(trainer) == steps_of(expected)
     assert trainer.state.global_step == trainer.state.max_steps == expected.state.max_steps
+    assert trainer.state.total_flos == expected.state.total_flos > 0
     assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(expected.state.log_history[-1]["train_loss"])
     assert tiny.same_bytes(tiny.trained(trainer.model), tiny.trained(expected.model))
     assert not tiny.same_bytes(tiny.trained(trainer.model), before)
@@ -342,7 +346,15 @@ def test_a_clients_trainer_reports_nothing_by_itself(tmp_path):
 # ---- Batches ----
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"max_steps": 2}, {"data_seed": 3, "max_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        pytest.param({}, id="an-epoch"),
+        pytest.param({"max_steps": 2}, id="max-steps"),
+        pytest.param({"data_seed": 3, "max_steps": 2}, id="data-seed"),
+        pytest.param({"accelerator_config": {"use_seedable_sampler": False}, "max_steps": 2}, id="unseeded-sampler"),
+    ],
+)
 def test_every_round_has_its_own_batches(tmp_path, kwargs):
     same = tiny.classification_data(12)
     clients = {"left": same, "right": same}
@@ -671,12 +683,15 @@ def test_a_kept_optimizer_does_not_bring_back_its_last_learning_rate(tmp_path):
     assert rates == pytest.approx(plain_rates("linear", 3, 0) * ROUNDS, abs=1e-12, rel=0)
 
 
-def test_a_schedule_that_reacts_cannot_run_over_rounds(tmp_path):
-    with pytest.raises(ValueError, match=r'`lr_schedule="run"` cannot continue .*reduce_lr_on_plateau'):
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+@pytest.mark.parametrize("lr_schedule", ["run", "round"])
+def test_a_schedule_that_waits_for_metrics_is_refused(tmp_path, lr_schedule, name):
+    # No fit ever sees a metric of the global model, so such a schedule would never change the learning rate.
+    with pytest.raises(ValueError, match=f"`lr_scheduler_type='{name}'`"):
         tiny.arguments(
             tmp_path,
-            lr_schedule="run",
-            lr_scheduler_type="reduce_lr_on_plateau",
+            lr_schedule=lr_schedule,
+            lr_scheduler_type=name,
             eval_strategy="epoch",
             metric_for_best_model="loss",
         )

@@ -11,9 +11,11 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     PreTrainedTokenizerFast,
@@ -271,6 +273,33 @@ def test_sft_trainer_with_a_formatting_function(tmp_path):
     assert seen.datasets == [tokens_of(dataset, "sentence") for dataset in clients.values()]
 
 
+def test_a_saved_sft_model_loads_with_its_tokenizer(tmp_path):
+    trainer = sft_federation(tmp_path, {"a": text_data(6), "b": text_data(5, seed=1)}, num_rounds=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    text = AutoTokenizer.from_pretrained(tmp_path / "saved")("w5 w6 w7 w8", return_tensors="pt")
+    assert text["input_ids"].tolist() == [[8, 9, 10, 11]]
+    with torch.no_grad():
+        expected = trainer.model.eval()(input_ids=text["input_ids"]).logits
+        for loader in (AutoModelForCausalLM, AutoPeftModelForCausalLM):
+            model = loader.from_pretrained(tmp_path / "saved").eval()
+            assert torch.equal(model(input_ids=text["input_ids"]).logits, expected)
+
+
+def test_sft_trainer_on_a_plain_model(tmp_path):
+    trainer = FederatedTrainer(
+        model=tiny.llama(),
+        args=federated_args(tmp_path, num_rounds=2),
+        train_dataset={"a": text_data(6), "b": text_data(5, seed=1)},
+        processing_class=tokenizer(),
+        peft_config=tiny.lora(task_type="CAUSAL_LM", target_modules="all-linear"),
+        client_trainer_cls=SFTTrainer,
+        client_trainer_kwargs={"args": sft_template(tmp_path)},
+    )
+    assert trainer.train().metrics["max_aggregation_error"] <= 1e-5
+    assert len(trainer.exactness.layers) == 2 * 7
+
+
 def test_sft_trainer_streams(tmp_path):
     clients = {"a": text_data(10).to_iterable_dataset(), "b": text_data(10, seed=1).to_iterable_dataset()}
     trainer = sft_federation(tmp_path, clients, num_rounds=2, max_steps=2)
@@ -415,8 +444,14 @@ class Marker(TrainerCallback):
         self.steps.append(state.global_step)
 
 
-def configured_trainer(tmp_path, cls=Trainer, data=None, **kwargs):
-    settings = PLAIN | {"learning_rate": 5e-3, "seed": 3, "weight_decay": 0.01, "label_smoothing_factor": 0.1}
+def configured_trainer(tmp_path, cls=Trainer, data=None, report_to="none", **kwargs):
+    settings = PLAIN | {
+        "report_to": report_to,
+        "learning_rate": 5e-3,
+        "seed": 3,
+        "weight_decay": 0.01,
+        "label_smoothing_factor": 0.1,
+    }
     return cls(
         model=tiny.peft_roberta(),
         args=TrainingArguments(output_dir=str(tmp_path), **settings),
@@ -429,9 +464,10 @@ def configured_trainer(tmp_path, cls=Trainer, data=None, **kwargs):
     )
 
 
-def test_from_trainer_adopts_a_configured_trainer(tmp_path):
+def test_from_trainer_adopts_a_configured_trainer(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     marker, clients = Marker(), tiny.clients_of([8, 5])
-    plain = configured_trainer(tmp_path, callbacks=[marker, EarlyStoppingCallback])
+    plain = configured_trainer(tmp_path, report_to="tensorboard", callbacks=[marker, EarlyStoppingCallback])
     trainer = FederatedTrainer.from_trainer(plain, train_dataset=clients, num_rounds=2, client_weighting="uniform")
     assert trainer.model is plain.model
     assert trainer.data_collator is plain.data_collator
@@ -447,6 +483,7 @@ def test_from_trainer_adopts_a_configured_trainer(tmp_path):
     trainer.remove_callback(EarlyStoppingCallback)
     trainer.train()
     assert marker.steps == list(range(1, 9))
+    assert len(list((tmp_path / "board").iterdir())) == 1
     assert trainer.evaluate().keys() >= {"eval_loss", "eval_accuracy"}
 
 
@@ -458,6 +495,13 @@ def test_from_trainer_with_one_client_and_one_round_is_the_trainer(tmp_path):
     trainer.train()
     assert steps_of(trainer) == steps_of(plain)
     assert tiny.same_bytes(tiny.trained(trainer.model), tiny.trained(plain.model))
+
+
+def test_from_trainer_adds_lora_to_a_plain_model(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), **PLAIN)
+    plain = Trainer(model=tiny.roberta(), args=args, train_dataset=tiny.classification_data(14))
+    trainer = FederatedTrainer.from_trainer(plain, num_rounds=2, peft_config=tiny.lora())
+    assert trainer.train().metrics["max_aggregation_error"] <= 1e-5
 
 
 def test_from_trainer_partitions_the_trainers_own_dataset(tmp_path):
@@ -530,11 +574,12 @@ def test_from_trainer_adopts_an_sft_trainer(tmp_path):
     seen, clients = TrainedOn(), {"a": text_data(6), "b": text_data(5, seed=1)}
     evaluation = text_data(6, seed=2)
     plain = SFTTrainer(
-        model=peft_llama(),
+        model=tiny.llama(),
         args=SFTConfig(output_dir=str(tmp_path), max_length=MAX_LENGTH, **SFT),
         train_dataset=clients["a"],
         eval_dataset=evaluation,
         processing_class=tokenizer(),
+        peft_config=tiny.lora(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
         callbacks=[seen],
     )
     trainer = FederatedTrainer.from_trainer(plain, train_dataset=clients, num_rounds=2)

@@ -329,6 +329,19 @@ def test_norms_of_layers_add_up_in_squares():
     assert exactness.layers["two"].fedit_deviation == pytest.approx(0.125)
 
 
+def test_resolution_counts_only_where_nothing_should_have_changed():
+    def layer(**norms):
+        return LayerExactness(**({"fedit": 0.0, "resolution": 1e-8} | norms))
+
+    assert layer(change=0.0, error=1e-9).aggregation_error == 0.0
+    assert layer(change=0.0, error=1e-7).aggregation_error == math.inf
+    assert layer(change=1e-7, error=1e-9).aggregation_error == pytest.approx(1e-2)
+    both = Exactness({"still": layer(change=0.0, error=1e-9), "trained": layer(change=1.0, error=1e-7)})
+    assert both.aggregation_error == pytest.approx(1e-7, rel=1e-3)
+    assert Exactness({"still": layer(change=0.0, error=1e-9)}).aggregation_error == 0.0
+    assert Exactness({"still": layer(change=0.0, error=1e-7)}).aggregation_error == math.inf
+
+
 def test_a_large_layer_cannot_hide_an_infinite_error():
     layer = LayerExactness(change=0.0, error=1.0, fedit=0.0)
     assert layer.aggregation_error == math.inf

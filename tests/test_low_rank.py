@@ -104,6 +104,20 @@ def test_compress_finds_what_cancels():
     assert error(dense(small), dense(second)) < 1e-7
 
 
+def test_compress_keeps_what_is_small():
+    """Parts far below the largest are not taken for rounding."""
+    rank = 4
+    delta = delta_of(rank)
+    sizes = torch.tensor([1.0, 1e-2, 1e-4, 1e-6])
+    spread = LowRankDelta(delta.A, delta.B * sizes, delta.scaling)
+    small = compress(spread)
+    assert small.rank == rank
+    assert error(dense(small), dense(spread)) < 1e-7
+    singular_values = np.linalg.svd(dense(spread), compute_uv=False)[:rank]
+    assert singular_values[-1] < 1e-5 * singular_values[0]
+    assert np.allclose(np.linalg.norm(small.B.numpy(), axis=0) ** 2 * 1.5, singular_values, rtol=1e-5)
+
+
 def test_compress_of_zero_is_zero():
     zero = LowRankDelta(torch.randn(4, 9), torch.zeros(7, 4), 2.0)
     small = compress(zero)

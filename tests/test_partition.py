@@ -1,3 +1,4 @@
+import itertools
 import random
 import re
 from collections import Counter
@@ -190,7 +191,7 @@ class TestDirichlet:
         part = partition_dataset(dataset, 2, dirichlet_alpha=100.0)["client-0"]
         labels = part["label"][:]
         assert len(set(labels)) == 4
-        assert sum(a != b for a, b in zip(labels, labels[1:], strict=False)) > len(labels) / 2
+        assert sum(a != b for a, b in itertools.pairwise(labels)) > len(labels) / 2
 
     def test_which_rows_of_a_label_a_client_gets_is_random(self):
         # Not a block of the file: with one label, a client's rows spread evenly over the whole of it.

@@ -187,7 +187,7 @@ MODELS: dict[str, tuple[Make, type[Exception], tuple[str, ...]]] = {
     "model is a name": (
         with_trainer(model="org/model"),
         TypeError,
-        ("`model`", "org/model", "from_pretrained"),
+        ("`model", "org/model", "from_pretrained"),
     ),
 }
 
@@ -231,9 +231,12 @@ def streams(sizes: dict[str, int]) -> dict[str, Any]:
     return {name: tiny.classification_data(size).to_iterable_dataset() for name, size in sizes.items()}
 
 
-class EmptyStream(torch.utils.data.IterableDataset):
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, size: int) -> None:
+        self.rows = list(tiny.classification_data(size)) if size else []
+
     def __iter__(self) -> Iterator[Any]:
-        return iter(())
+        return iter(self.rows)
 
 
 COLUMNS = ("`odd`", "'input_ids', 'labels'", "same columns")
@@ -249,7 +252,7 @@ CLIENTS: dict[str, tuple[Make, type[Exception], tuple[str, ...]]] = {
         ("`odd` is empty", "Remove the client"),
     ),
     "an empty stream": (
-        with_clients(lambda: streams({"client-0": 8}) | {"odd": EmptyStream()}, max_steps=2),
+        with_clients(lambda: {"odd": Stream(0), "client-0": Stream(8)}, max_steps=2),
         ValueError,
         ("`odd` is empty", "Remove the client"),
     ),

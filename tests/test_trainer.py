@@ -1,6 +1,7 @@
 """`FederatedTrainer` as a `Trainer`: rounds, clients, evaluation, logs, checkpoints and what it saves."""
 
 import gc
+import inspect
 import logging
 import math
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from datasets import DatasetDict
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -103,6 +105,11 @@ def ledger_of(trainer):
     factors = trainer.federation.ledger.factors.items()
     tensors = {f"{name}.A": delta.A for name, delta in factors} | {f"{name}.B": delta.B for name, delta in factors}
     return tensors | dict(trainer.federation.ledger.matrices)
+
+
+def test_the_constructor_takes_trainers_arguments_in_trainers_order():
+    expected = list(inspect.signature(Trainer.__init__).parameters)
+    assert list(inspect.signature(FederatedTrainer.__init__).parameters)[: len(expected)] == expected
 
 
 # ---- Reproducibility ----
@@ -375,7 +382,35 @@ def test_no_client_at_all_is_too_few(tmp_path):
     assert tiny.same_bytes(tiny.trained(trainer.model), before)
 
 
-# ---- One dataset, partitioned by the arguments ----
+# ---- The clients' datasets ----
+
+
+class Rows(torch.utils.data.Dataset):
+    """A map-style dataset of plain Python."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        DatasetDict,
+        lambda data: {k: list(d) for k, d in data.items()},
+        lambda data: {k: Rows(list(d)) for k, d in data.items()},
+    ],
+    ids=["DatasetDict", "lists", "torch"],
+)
+def test_clients_in_other_containers(tmp_path, kind):
+    expected, _ = run(tmp_path / "expected", num_rounds=1)
+    trainer, _ = run(tmp_path / "other", data=kind(tiny.clients_of(list(SIZES))), num_rounds=1)
+    assert tiny.same_bytes(tiny.trained(trainer.model), tiny.trained(expected.model))
 
 
 def labelled_by_user(size):
@@ -683,6 +718,16 @@ def test_logging_every_few_steps_restarts_with_the_client(tmp_path):
         (6, "client-2"),
         (8, "client-2"),
     ]
+
+
+def test_counting_tokens_leaves_the_logs_as_they_are(tmp_path):
+    without, _ = run(tmp_path / "without", logging_steps=1)
+    trainer, _ = run(tmp_path / "with", logging_steps=1, include_num_input_tokens_seen="all")
+    steps = entries(trainer, "loss")
+    assert [entry["loss"] for entry in steps] == [entry["loss"] for entry in entries(without, "loss")]
+    seen = [entry["num_input_tokens_seen"] for entry in steps]
+    assert seen == sorted(seen)
+    assert trainer.state.num_input_tokens_seen == 2 * sum(SIZES) * tiny.LENGTH
 
 
 def test_nothing_is_logged_for_steps_if_not_wanted(tmp_path):

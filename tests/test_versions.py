@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 from fedex_hf import _versions
 
 
-ROOT = Path(_versions.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 
 
 def range_in_setup() -> str:

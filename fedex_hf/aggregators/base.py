@@ -55,7 +55,8 @@ class Aggregator(ABC):
             client_weights: One positive number per update, in the same order; they are normalised to sum 1.
 
         Raises:
-            ValueError: If the updates do not fit together or a weight is not positive and finite.
+            ValueError: If the updates do not fit together, a weight is not positive and finite, or a method returns a
+                residual without `changes_base`.
         """
         weights = normalise(client_weights, len(updates))
         _check_same_layout(updates)
@@ -63,6 +64,11 @@ class Aggregator(ABC):
         residuals: dict[str, LowRankDelta] = {}
         for layer in updates[0].adapters:
             adapters[layer], residual = self.aggregate_layer([update.adapters[layer] for update in updates], weights)
+            if residual is not None and not self.changes_base:
+                raise ValueError(
+                    f"`{type(self).__name__}.aggregate_layer` returned a residual for `{layer}`, but the class does "
+                    "not say `changes_base = True`, so the base weights were not checked to be able to hold it."
+                )
             if residual is not None:
                 residuals[layer] = residual
         tensors = {
@@ -121,12 +127,13 @@ def _check_same_layout(updates: Sequence[ClientUpdate]) -> None:
             raise ValueError(
                 f"The updates of clients `{updates[0].client_id}` and `{update.client_id}` do not fit together: "
                 f"`{name}` is {first.get(name, 'missing')} in the one and {layout.get(name, 'missing')} in the other. "
-                "All clients must train the same layers with the same rank and `lora_alpha`."
+                "All clients must train the same layers in the same dtype with the same rank and `lora_alpha`."
             )
 
 
 def _layout(update: ClientUpdate) -> Mapping[str, tuple]:
     layers = {
-        name: (tuple(delta.A.shape), tuple(delta.B.shape), delta.scaling) for name, delta in update.adapters.items()
+        name: (tuple(delta.A.shape), tuple(delta.B.shape), delta.A.dtype, delta.B.dtype, delta.scaling)
+        for name, delta in update.adapters.items()
     }
-    return layers | {name: tuple(tensor.shape) for name, tensor in update.tensors.items()}
+    return layers | {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in update.tensors.items()}

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from fedex_hf.aggregators.base import Aggregator, mean_factors, weighted_mean
-from fedex_hf.low_rank import compress
+from fedex_hf.low_rank import compress, concatenate
 from fedex_hf.updates import LowRankDelta
 
 
@@ -47,9 +47,9 @@ class FedExAggregator(Aggregator):
     changes_base = True
 
     def __init__(self, residual_rank: int | None = None) -> None:
-        if residual_rank is not None and residual_rank < 1:
+        if residual_rank is not None and (not isinstance(residual_rank, int) or residual_rank < 1):
             raise ValueError(
-                f"`residual_rank={residual_rank}`. Allowed: a positive integer, or `None` for the exact residual. "
+                f"`residual_rank={residual_rank!r}`. Allowed: a positive integer, or `None` for the exact residual. "
                 "For no residual at all use the aggregator `fedit`."
             )
         self.residual_rank = residual_rank
@@ -62,6 +62,8 @@ class FedExAggregator(Aggregator):
         if len(factors) == 1:
             return mean, None
         residual = exact_residual(factors, client_weights)
+        if mean.A.dtype not in (torch.float32, torch.float64):
+            residual = concatenate([residual, _lost_by_rounding(factors, client_weights, mean)])
         if self.residual_rank is not None:
             residual = compress(residual, self.residual_rank)
         return mean, residual
@@ -75,7 +77,7 @@ def exact_residual(factors: Sequence[LowRankDelta], client_weights: torch.Tensor
         client_weights: Tensor of shape `(k,)`, float64, sum 1.
 
     Returns:
-        Factors of rank `(k - 1) r`, computed in float64 and rounded once to float32.
+        Factors of rank `(k - 1) r` around the unrounded means, computed in float64 and rounded once to float32.
     """
     contrasts = _contrasts(client_weights)
     A = _centred([delta.A for delta in factors], client_weights)
@@ -83,6 +85,20 @@ def exact_residual(factors: Sequence[LowRankDelta], client_weights: torch.Tensor
     A = torch.einsum("ij,irn->jrn", contrasts, A).flatten(0, 1)
     B = torch.einsum("ij,imr->mjr", contrasts, B).flatten(1, 2)
     return LowRankDelta(A.float(), B.float(), factors[0].scaling)
+
+
+def _lost_by_rounding(
+    factors: Sequence[LowRankDelta], client_weights: torch.Tensor, mean: LowRankDelta
+) -> LowRankDelta:
+    """`s (B̄ Ā - B̄' Ā')` for means rounded to bfloat16 or float16 (primes), as factors of rank 2 r, float32.
+
+    With float32 factors this is below the rounding of a float32 base weight and not worth its rank.
+    """
+    A = weighted_mean([delta.A for delta in factors], client_weights)
+    B = weighted_mean([delta.B for delta in factors], client_weights)
+    left = torch.cat([B - mean.B.double(), B], dim=1)
+    right = torch.cat([mean.A.double(), A - mean.A.double()])
+    return LowRankDelta(right.float(), left.float(), mean.scaling)
 
 
 def _centred(tensors: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
