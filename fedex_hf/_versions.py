@@ -9,7 +9,7 @@ from packaging.specifiers import SpecifierSet
 
 # `FederatedTrainer` replaces `Trainer`'s training loop, which is not a public interface: both ends are what
 # `make test-oldest` and `make test-newest` have proved. The same range stands in setup.py.
-SUPPORTED_TRANSFORMERS = ">=5.3.0,<5.24"
+SUPPORTED_TRANSFORMERS = ">=5.18.0,<5.24"
 
 
 def require_supported_transformers() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from peft import LoraConfig, PeftModel, PeftType
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -117,6 +117,9 @@ class AdaptedModel:
                 "`PeftModel.from_pretrained(..., is_trainable=True)`."
             )
         _check_no_running_statistics(self.model)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                raise UnsupportedModelError(f"`{name}` holds NaN or Inf before any training. Load or build it anew.")
         if changes_base:
             _check_base_weights(self.model, self.sites)
         factors = {id(factor) for site in self.sites.values() for factor in (site.A, site.B)}
@@ -221,6 +224,19 @@ def _replaced_weight(linear: nn.Linear, weight: torch.Tensor) -> Iterator[None]:
         linear.weight = original
 
 
+def check_peft_type(what: str, config: PeftConfig) -> None:
+    """Refuse adapters other than LoRA.
+
+    Raises:
+        UnsupportedModelError: If `config` is of another type; `what` begins the message.
+    """
+    if config.peft_type != PeftType.LORA:
+        raise UnsupportedModelError(
+            f"{what} is of the type {config.peft_type}. Allowed: LORA, because the residual of FedEx-LoRA (arXiv "
+            "2410.09432) is defined for products of two factors. Use a `LoraConfig`."
+        )
+
+
 def _check_peft_model(model: nn.Module) -> PeftModel:
     if not isinstance(model, PeftModel):
         raise UnsupportedModelError(
@@ -233,11 +249,7 @@ def _check_peft_model(model: nn.Module) -> PeftModel:
             f"The model has {len(active)} active adapters ({active}). Allowed: one; call `model.set_adapter(name)`."
         )
     config = model.peft_config[active[0]]
-    if config.peft_type != PeftType.LORA:
-        raise UnsupportedModelError(
-            f"The adapter `{active[0]}` is of the type {config.peft_type}. Allowed: LORA, because the residual of "
-            "FedEx-LoRA (arXiv 2410.09432) is defined for products of two factors. Use a `LoraConfig`."
-        )
+    check_peft_type(f"The adapter `{active[0]}`", config)
     start = cast(LoraConfig, config).init_lora_weights
     if start not in (True, False, "gaussian", "orthogonal"):
         raise UnsupportedModelError(

@@ -62,7 +62,10 @@ class RoundState:
 
 
 def save_round(directory: Path, round_state: RoundState, fingerprint: Mapping[str, Any], clients: list[str]) -> None:
-    """Write a round into `directory/federation`; `atomic_directory` makes the whole durable."""
+    """Write a round into `directory/federation`; `atomic_directory` makes the whole durable.
+
+    Last of all that goes into `directory`: the sizes of all files in it are noted.
+    """
     folder = directory / FOLDER
     (folder / "clients").mkdir(parents=True)
     tensors = {f"tensors/{name}": tensor for name, tensor in round_state.state.tensors.items()}
@@ -71,7 +74,9 @@ def save_round(directory: Path, round_state: RoundState, fingerprint: Mapping[st
     save_file(_contiguous(_flatten(round_state.ledger.factors) | matrices), folder / _LEDGER)
     for client_id, optimizer_state in round_state.optimizer_states.items():
         torch.save(optimizer_state, folder / "clients" / f"{clients.index(client_id)}.pt")
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(directory).as_posix(): path.stat().st_size for path in directory.rglob("*") if path.is_file()
+    }
     meta = {"format": _FORMAT, "round": round_state.round, "fingerprint": fingerprint, "files": files}
     (folder / _META).write_text(json.dumps(meta, indent=2, sort_keys=True))
 
@@ -123,10 +128,11 @@ def fingerprint_of(adapted: AdaptedModel, **settings: Any) -> dict[str, Any]:
         settings: JSON values that also must be equal, such as the aggregator's name.
     """
     digest = hashlib.sha256()
-    for name, site in adapted.sites.items():
-        weight = adapted.originals.get(name)
-        weight = site.base_weight.detach() if weight is None else weight
-        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+    originals = {id(adapted.sites[name].base_weight): weight for name, weight in adapted.originals.items()}
+    for parameter in adapted.model.parameters():
+        if not parameter.requires_grad and parameter.numel():
+            weight = originals.get(id(parameter), parameter.detach())
+            digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
     layers = {
         name: {"A": list(site.A.shape), "B": list(site.B.shape), "scaling": site.scaling}
         for name, site in adapted.sites.items()
@@ -196,7 +202,9 @@ def remove_unfinished(output_dir: str | os.PathLike) -> None:
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / _META).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        if not isinstance(meta, dict):
+            raise ValueError(f"it holds a {type(meta).__name__}")
+    except (OSError, ValueError) as error:
         raise CheckpointMismatchError(
             f"`{folder.parent}` is not a round checkpoint of `FederatedTrainer`: `{FOLDER}/{_META}` cannot be read "
             f"({error}). Pass a `checkpoint-N` folder that a federated run has written."
@@ -205,12 +213,17 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise CheckpointMismatchError(
             f"`{folder.parent}` has format {meta.get('format')}; this version of fedex_hf reads format {_FORMAT}."
         )
+    missing = {"round", "fingerprint", "files"} - meta.keys()
+    if missing:
+        raise CheckpointMismatchError(
+            f"`{folder.parent}` is damaged: `{FOLDER}/{_META}` lacks {sorted(missing)}. Resume from an older "
+            "checkpoint."
+        )
     for name, size in meta["files"].items():
-        path = folder / name
+        path = folder.parent / name
         if not path.is_file() or path.stat().st_size != size:
             raise CheckpointMismatchError(
-                f"`{folder.parent}` is incomplete: `{FOLDER}/{name}` should have {size} bytes. Resume from an older "
-                "checkpoint."
+                f"`{folder.parent}` is incomplete: `{name}` should have {size} bytes. Resume from an older checkpoint."
             )
     return meta
 
@@ -240,8 +253,9 @@ def _jsonable(value: Any) -> Any:
 
 def _difference(key: str, there: Any, here: Any) -> str:
     if isinstance(there, dict) and isinstance(here, dict):
-        name = next(name for name in [*there, *here] if there.get(name) != here.get(name))
-        return f"{key}: `{name}` is {there.get(name)} there and {here.get(name)} here"
+        names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+        told = [f"`{name}` is {there.get(name)} there and {here.get(name)} here" for name in names[:3]]
+        return f"{key}: {', '.join(told)}{' and more' if len(names) > 3 else ''}"
     return f"{key} is {there} there and {here} here"
 
 

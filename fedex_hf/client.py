@@ -158,7 +158,7 @@ class ClientRunner:
         """
         trainer, dataset = self.trainer, self._dataset(client_id)
         if self.is_stream(client_id):
-            dataset = _ContinuedStream(dataset, skip=earlier_rounds * self.num_examples(client_id))
+            dataset = _ContinuedStream(client_id, dataset, skip=earlier_rounds * self.num_examples(client_id))
         trainer.train_dataset = dataset
         trainer.plan = plan
         trainer.optimizer = trainer.lr_scheduler = None
@@ -295,7 +295,8 @@ def isolated_rng() -> Iterator[None]:
 class _ContinuedStream(torch.utils.data.IterableDataset):
     """A stream read on from where the client's last round stopped; at its end it starts again."""
 
-    def __init__(self, dataset: Any, skip: int) -> None:
+    def __init__(self, client_id: str, dataset: Any, skip: int) -> None:
+        self.client_id = client_id
         self.dataset = dataset
         self.skip = skip
 
@@ -312,7 +313,7 @@ class _ContinuedStream(torch.utils.data.IterableDataset):
                 else:
                     yield example
             if empty:
-                return
+                raise ValueError(f"The dataset of client `{self.client_id}` is empty. Remove the client.")
             epoch += 1
 
 

@@ -29,6 +29,8 @@ from fedex_hf.training_args import FederatedTrainingArguments
 
 logger = logging.get_logger(__name__)
 
+_PLAIN = (str, int, float, bool, type(None))  # settings of an aggregator that a checkpoint can compare
+
 
 class RoundTrainer(Trainer):
     """What `FederatedTrainer` shares with any run in rounds; subclasses bring `run_round` and `sample_clients`."""
@@ -44,6 +46,7 @@ class RoundTrainer(Trainer):
     _cached_fingerprint: dict[str, Any] | None = None
     _evaluate_after_round: bool = False
     _save_after_round: bool = False
+    _holds_client: bool = False
     _round_began_at: int = 0
     _steps_of_round: Mapping[int, int] = {}
     _tr_loss: torch.Tensor = torch.tensor(0.0)
@@ -77,8 +80,8 @@ class RoundTrainer(Trainer):
         """
         output_dir = str(self.args.output_dir)
         found = ckpt.checkpoints_in(output_dir)
+        ckpt.remove_unfinished(output_dir)
         if resume_from_checkpoint is True:
-            ckpt.remove_unfinished(output_dir)
             resume_from_checkpoint = str(found[-1]) if found else None
             if not found:
                 logger.warning(f"No checkpoint in `{output_dir}` yet: starting at round 1.")
@@ -109,28 +112,17 @@ class RoundTrainer(Trainer):
                 self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
                 self._round_began_at = self.state.global_step
                 self.run_round(round)
-                self.state.epoch = float(round)
                 self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-                self.control.should_evaluate |= self._evaluate_after_round
-                self.control.should_save |= self._save_after_round
-                self._evaluate_after_round = self._save_after_round = False
-                self._maybe_log_save_evaluate(
-                    self._tr_loss,
-                    None,
-                    self.adapted.model,
-                    trial,
-                    round,
-                    ignore_keys_for_eval,
-                    start_time,
-                    self.learning_rate,
-                )
+                self._evaluate_and_save(round, trial, ignore_keys_for_eval, start_time)
                 if self.control.should_training_stop:
                     break
-            output = self._finalize_training(trial, self._num_train_samples(), start_time)
+            output = self._finish_run(trial, start_time)
         return TrainOutput(output.global_step, output.training_loss, output.metrics | self._certificate())
 
     def _begin_run(self, resume_from_checkpoint: str | None) -> bool:
         """Set the run's state up; returns whether a resumed run had already been stopped early."""
+        if self._holds_client:
+            self.restore_global_state()
         if resume_from_checkpoint is None:
             self.federation = ckpt.RoundState(0, self.adapted.read(), self.federation.ledger)
         self._steps_of_round = {
@@ -139,6 +131,7 @@ class RoundTrainer(Trainer):
         }
         max_steps = sum(self._steps_of_round.values())
         self._init_training_state(max_steps, max_steps, self.args.num_rounds, resume_from_checkpoint, None)
+        self._find_best_checkpoint()
         stopped = resume_from_checkpoint is not None and _was_stopped_early(Path(resume_from_checkpoint))
         self._load_rng_state(resume_from_checkpoint)
         self._tr_loss = torch.tensor(0.0, device=self.args.device)
@@ -152,6 +145,43 @@ class RoundTrainer(Trainer):
             f"{max_steps:,} optimizer steps, from round {self.federation.round + 1} *****"
         )
         return stopped
+
+    def _evaluate_and_save(self, round: int, trial: Any, ignore_keys: list[str] | None, start_time: float) -> None:
+        """What `Trainer` does at the end of an epoch; a round whose evaluation fails is saved all the same."""
+        self.control.should_evaluate |= self._evaluate_after_round
+        self.control.should_save |= self._save_after_round
+        self._evaluate_after_round = self._save_after_round = False
+        should_save, model = self.control.should_save, self.adapted.model
+        try:
+            self._maybe_log_save_evaluate(
+                self._tr_loss, None, model, trial, round, ignore_keys, start_time, self.learning_rate
+            )
+        except Exception:
+            if should_save and not self._checkpoint_path().exists():
+                self._save_checkpoint(model, trial)
+            raise
+
+    def restore_global_state(self) -> None:
+        """Put the last good round's adapters and other tensors back into the model; its base was never left."""
+        self.adapted.write(self.federation.state)
+        self._holds_client = False
+
+    def _finish_run(self, trial: Any, start_time: float) -> TrainOutput:
+        """End the run as `Trainer` does, but for the surplus checkpoint under `save_total_limit=1`.
+
+        `Trainer` deletes that file by file under its own name, so that a process killed meanwhile would leave half of
+        it where a whole one is looked for.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = self._finalize_training(trial, self._num_train_samples(), start_time)
+        finally:
+            self.args.save_total_limit = limit
+        if limit == 1 and self.args.should_save and self.state.best_model_checkpoint is not None:
+            for path in ckpt.checkpoints_in(str(self.args.output_dir)):
+                if path != Path(self.state.best_model_checkpoint):
+                    ckpt.discard(path)
+        return output
 
     def _num_train_samples(self) -> float:
         return sum(
@@ -252,20 +282,27 @@ class RoundTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(str(self.args.output_dir))
-        final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        final = self._checkpoint_path()
         self.store_flos()
-        best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        if self.state.best_global_step and (best == final or best.is_dir()):
-            self.state.best_model_checkpoint = str(best)
+        self._find_best_checkpoint(final)
         if not self.args.should_save:
             return
         with ckpt.atomic_directory(final) as folder:
-            ckpt.save_round(folder, self.federation, self._fingerprint(), list(self.clients.datasets))
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
             self._save_rng_state(str(folder))
             self._collect_callback_states()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            ckpt.save_round(folder, self.federation, self._fingerprint(), list(self.clients.datasets))
         ckpt.rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
+
+    def _checkpoint_path(self) -> Path:
+        return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def _find_best_checkpoint(self, about_to_be_written: Path | None = None) -> None:
+        """The best round's checkpoint in this `output_dir`, wherever the folder was when it was written."""
+        best = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == about_to_be_written or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
 
     def _collect_callback_states(self) -> None:
         states: dict[str, Any] = {}
@@ -289,12 +326,15 @@ class RoundTrainer(Trainer):
 
     def _fingerprint(self) -> dict[str, Any]:
         if self._cached_fingerprint is None:
-            aggregator = vars(self.aggregator) | {"name": self.aggregator.name}
+            plain = {name: value for name, value in vars(self.aggregator).items() if isinstance(value, _PLAIN)}
             self._cached_fingerprint = ckpt.fingerprint_of(
                 self.adapted,
-                aggregator={name: str(value) for name, value in aggregator.items()},
+                aggregator={"name": self.aggregator.name} | plain,
                 clients={client_id: self.clients.num_examples(client_id) for client_id in self.clients.datasets},
+                # Seeds and the files of kept optimizer states go by a client's place.
+                **{"order of clients": list(self.clients.datasets)},
                 seed=self.args.seed,
+                data_seed=self.args.data_seed,
             )
         return self._cached_fingerprint
 

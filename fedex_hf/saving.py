@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import cast
 
+import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.save_and_load import get_base_model_state_dict
 from transformers import PreTrainedModel
 
@@ -26,7 +28,7 @@ def save_full_model(model: PeftModel, output_dir: str | os.PathLike) -> None:
     directory = Path(output_dir).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     base, adapter = cast(PreTrainedModel, model.get_base_model()), model.active_adapters[0]
-    base.save_pretrained(directory, state_dict=get_base_model_state_dict(model))
+    base.save_pretrained(directory, state_dict=get_base_model_state_dict(model) | _trained_modules(base, adapter))
     original = model.peft_config[adapter]
     saved = copy.copy(original)
     saved.base_model_name_or_path = str(directory)
@@ -42,3 +44,17 @@ def save_full_model(model: PeftModel, output_dir: str | os.PathLike) -> None:
         for file in (directory / adapter).iterdir():
             file.replace(directory / file.name)
         (directory / adapter).rmdir()
+
+
+def _trained_modules(base: PreTrainedModel, adapter: str) -> dict[str, torch.Tensor]:
+    """The trained copies of `modules_to_save` under the base's own names.
+
+    Some transformers versions (before 5.18) load the adapter beside a base without its `modules_to_save`; the head
+    that they take from the base is then the trained one.
+    """
+    return {
+        f"{name}.{key}": tensor
+        for name, module in base.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for key, tensor in module.modules_to_save[adapter].state_dict().items()
+    }

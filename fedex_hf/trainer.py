@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
@@ -25,6 +25,7 @@ from fedex_hf.validation import (
     client_datasets,
     refuse_federation_kwargs,
     refuse_overrides,
+    refuse_peft_config,
     refuse_prebuilt_optimizer,
     sampled_per_round,
 )
@@ -89,8 +90,7 @@ class FederatedTrainer(RoundTrainer):
         refuse_federation_kwargs(client_trainer_kwargs or {})
         clients = client_datasets(train_dataset, args)
         if peft_config is not None:
-            if isinstance(model, PeftModel):
-                raise ValueError("`model` already is a `PeftModel`: drop `peft_config`, or pass the plain model.")
+            refuse_peft_config(model, peft_config)
             set_seed(args.seed)
             model = get_peft_model(model, peft_config)
         self.aggregator = _resolve_aggregator(args, aggregator)
@@ -172,6 +172,7 @@ class FederatedTrainer(RoundTrainer):
         self.apply_update(update)
         self.exactness = measure_exactness(self.adapted, before, ledger_before, updates, self.client_weights(updates))
         self.federation.round = round
+        self.state.epoch = float(round)
         metrics = self.round_metrics(updates, update, self.exactness)
         metrics["round_seconds"] = time.perf_counter() - start_time
         self.log(dict(metrics))
@@ -213,7 +214,7 @@ class FederatedTrainer(RoundTrainer):
                 self._call_federated("on_client_end", update=update)
             finally:
                 # Whatever happened, the model is the last good round's again, and the steps are those planned.
-                self.adapted.write(self.federation.state)
+                self.restore_global_state()
                 self.state.global_step = planned
         if len(updates) < self.args.min_clients:
             raise RuntimeError(
@@ -228,12 +229,13 @@ class FederatedTrainer(RoundTrainer):
         return updates
 
     def fit_client(self, client_id: str, round: int) -> ClientUpdate:
-        """One client's local fit from the global state.
+        """One client's local fit from the global state; the model is left holding the client's weights.
 
         Raises:
             NonFiniteUpdateError: If the result holds NaN or Inf.
         """
-        self.adapted.write(self.federation.state)
+        self.restore_global_state()
+        self._holds_client = True
         plan = FitPlan(
             round=round,
             num_rounds=self.args.num_rounds,
@@ -283,7 +285,7 @@ class FederatedTrainer(RoundTrainer):
     def round_metrics(
         self, updates: Sequence[ClientUpdate], update: GlobalUpdate, exactness: Exactness
     ) -> dict[str, float]:
-        """What a round logs. Bytes are those of one client: the mean over the clients up, the same for all down."""
+        """What a round logs. Bytes are those of one client in each direction, the same for all."""
         weights = self.client_weights(updates)
         loss = sum(weight * each.metrics["train_loss"] for weight, each in zip(weights, updates, strict=True))
         factors = self.aggregator.trained_factors
@@ -293,7 +295,7 @@ class FederatedTrainer(RoundTrainer):
             "num_clients": len(updates),
             "aggregation_error": exactness.aggregation_error,
             "fedit_deviation": exactness.fedit_deviation,
-            "bytes_up_per_client": sum(payload_bytes(each, factors) for each in updates) / len(updates),
+            "bytes_up_per_client": payload_bytes(updates[0], factors),
             "bytes_down_per_client": payload_bytes(update, factors),
         }
         if self.args.log_layer_exactness:
@@ -306,4 +308,9 @@ class FederatedTrainer(RoundTrainer):
 def _resolve_aggregator(args: FederatedTrainingArguments, aggregator: Aggregator | str | None) -> Aggregator:
     if aggregator is None:
         return get_aggregator(args.aggregator, **args.parsed_aggregator_kwargs)
+    if args.parsed_aggregator_kwargs:
+        raise ValueError(
+            f"`aggregator_kwargs={args.aggregator_kwargs}` would be ignored, because `aggregator` is passed to the "
+            "constructor. Give them to it, or name it in the arguments."
+        )
     return get_aggregator(aggregator)

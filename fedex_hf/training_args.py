@@ -158,7 +158,12 @@ class FederatedTrainingArguments(TrainingArguments):
     def parsed_aggregator_kwargs(self) -> dict[str, Any]:
         """`aggregator_kwargs` as a dictionary, empty if not given."""
         kwargs = self.aggregator_kwargs or {}
-        return json.loads(kwargs) if isinstance(kwargs, str) else dict(kwargs)
+        if not isinstance(kwargs, str):
+            return dict(kwargs)
+        try:
+            return dict(json.loads(kwargs))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`aggregator_kwargs={kwargs!r}` is not a JSON object ({error}).") from error
 
     @classmethod
     def from_training_args(cls, args: TrainingArguments, **kwargs: Any) -> FederatedTrainingArguments:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import DatasetDict
+import torch
+from datasets import ClassLabel, DatasetDict, IterableDatasetDict, Value
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
+from fedex_hf.base_model import check_peft_type
 from fedex_hf.partition import partition_dataset
 from fedex_hf.training_args import FederatedTrainingArguments
 
@@ -17,10 +20,16 @@ from fedex_hf.training_args import FederatedTrainingArguments
 # Methods of `Trainer` that act inside a local fit or an evaluation. Those run in `client_trainer_cls`, so overriding
 # them in a subclass of `FederatedTrainer` would silently do nothing.
 _CLIENT_METHODS = (
+    "_get_eval_sampler",
+    "_get_train_sampler",
+    "_prepare_inputs",
     "compute_loss",
     "create_optimizer",
+    "create_optimizer_and_scheduler",
     "create_scheduler",
     "evaluation_loop",
+    "get_batch_samples",
+    "get_decay_parameter_names",
     "get_eval_dataloader",
     "get_test_dataloader",
     "get_train_dataloader",
@@ -52,12 +61,29 @@ def refuse_overrides(
             "`FederatedTrainer` needs `model`, and does not take `model_init`: all clients start from one model, "
             "whose adapter and base are exchanged. Build it first and pass it."
         )
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model={model!r}` is a `{type(model).__name__}`. Allowed: a model; load it with `from_pretrained` first."
+        )
     overridden = [name for name in _CLIENT_METHODS if getattr(cls, name) is not getattr(Trainer, name)]
     if overridden:
         raise ValueError(
             f"`{cls.__name__}` overrides `{'`, `'.join(overridden)}`, which clients run in `client_trainer_cls`. Move "
             "the override to a `Trainer` subclass and pass that as `client_trainer_cls`."
         )
+
+
+def refuse_peft_config(model: nn.Module, peft_config: Any) -> None:
+    """Refuse a configuration before it changes the model.
+
+    Raises:
+        TypeError, ValueError, UnsupportedModelError: If it is none, is not LoRA, or the model has LoRA already.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError("`model` already is a `PeftModel`: drop `peft_config`, or pass the plain model.")
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"`peft_config` is a `{type(peft_config).__name__}`. Allowed: a `peft.LoraConfig`.")
+    check_peft_type("peft_config", peft_config)
 
 
 def refuse_prebuilt_optimizer(optimizers: tuple[Any, Any]) -> None:
@@ -81,7 +107,9 @@ def refuse_federation_kwargs(client_trainer_kwargs: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If there are any; the message names them.
     """
-    owned = [name for name in ("model", "train_dataset", "eval_dataset", "callbacks") if name in client_trainer_kwargs]
+    refuse_prebuilt_optimizer(client_trainer_kwargs.get("optimizers", (None, None)))
+    reserved = ("model", "model_init", "train_dataset", "eval_dataset", "callbacks")
+    owned = [name for name in reserved if name in client_trainer_kwargs]
     if owned:
         raise ValueError(
             f"`client_trainer_kwargs` holds `{'`, `'.join(owned)}`, which clients get from the federation. Pass them "
@@ -98,13 +126,23 @@ def client_datasets(train_dataset: Any, args: FederatedTrainingArguments) -> dic
     """
     if train_dataset is None:
         raise ValueError("`train_dataset` is missing. Pass `{client_id: dataset}`, or one dataset to partition.")
-    if isinstance(train_dataset, DatasetDict) and "train" in train_dataset:
+    if isinstance(train_dataset, (DatasetDict, IterableDatasetDict)) and "train" in train_dataset:
         raise ValueError(
             f"`train_dataset` holds the splits {list(train_dataset)}, not clients. Pass `dataset['train']` to have it "
             "partitioned, or a dictionary from client ids to datasets."
         )
     if isinstance(train_dataset, Mapping):
         clients = dict(train_dataset)
+        for name in ("partition_by", "dirichlet_alpha"):
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"`{name}={getattr(args, name)!r}` with a dictionary of clients: there is nothing to partition. "
+                    "Leave it out, or pass one dataset."
+                )
+    elif isinstance(train_dataset, (list, tuple)) and any(_is_dataset(each) for each in train_dataset[:1]):
+        raise TypeError(
+            f"`train_dataset` is a `{type(train_dataset).__name__}` of datasets. Pass `{{client_id: dataset}}`."
+        )
     else:
         clients = partition_dataset(
             train_dataset,
@@ -142,12 +180,14 @@ def _check_clients(clients: Mapping[str, Any], args: FederatedTrainingArguments)
     for client_id, dataset in clients.items():
         if not isinstance(client_id, str):
             raise TypeError(f"The client id {client_id!r} is a `{type(client_id).__name__}`. Allowed: strings.")
+        _check_type(client_id, dataset)
         _check_length(client_id, dataset, args)
         if _columns(dataset) != _columns(first):
             raise ValueError(
                 f"Client `{client_id}` has the columns {_columns(dataset)}, and client `{first_id}` has "
                 f"{_columns(first)}. All clients need the same columns; rename or remove the others."
             )
+        _check_features(first_id, first, client_id, dataset)
 
 
 def _check_length(client_id: str, dataset: Any, args: FederatedTrainingArguments) -> None:
@@ -170,4 +210,39 @@ def _check_length(client_id: str, dataset: Any, args: FederatedTrainingArguments
 
 def _columns(dataset: Any) -> list[str] | None:
     names = getattr(dataset, "column_names", None)
+    if names is None and isinstance(dataset, Sequence) and isinstance(dataset[0], Mapping):
+        names = dataset[0]
     return None if names is None else sorted(names)
+
+
+def _check_features(first_id: str, first: Any, client_id: str, dataset: Any) -> None:
+    here, there = getattr(dataset, "features", None) or {}, getattr(first, "features", None) or {}
+    for name in [name for name in here if name in there and _meaning(here[name]) != _meaning(there[name])]:
+        raise ValueError(
+            f"The column `{name}` of client `{client_id}` is {here[name]}, and that of client `{first_id}` is "
+            f"{there[name]}: equal values would not mean the same. Cast with `cast_column`."
+        )
+
+
+def _meaning(feature: Any) -> Any:
+    """What must agree between clients: class names, and the kind of a number but not its width."""
+    if isinstance(feature, ClassLabel):
+        return tuple(feature.names)
+    if isinstance(feature, Value):
+        return feature.dtype.removeprefix("large_").removeprefix("u").rstrip("0123456789")
+    return None
+
+
+def _is_dataset(value: Any) -> bool:
+    return hasattr(value, "column_names") or isinstance(value, torch.utils.data.Dataset)
+
+
+def _check_type(client_id: str, dataset: Any) -> None:
+    if dataset is None:
+        return
+    is_rows = isinstance(dataset, Sequence) and not isinstance(dataset, str)
+    if isinstance(dataset, Mapping) or not (_is_dataset(dataset) or is_rows):
+        raise TypeError(
+            f"The dataset of client `{client_id}` is a `{type(dataset).__name__}`. Allowed: a `datasets.Dataset`, a "
+            "`torch.utils.data.Dataset`, or a list of rows."
+        )

@@ -40,13 +40,13 @@ from peft import LoraConfig, TaskType, get_peft_model_state_dict
 from quickstart_data import DataError, load_own, load_standard_library
 from quickstart_report import (
     LABELS,
-    TABLE_NOTE,
     Result,
     RoundLines,
     clients_table,
     comparison_table,
     draw,
     rounds_of,
+    table_note,
     write_json,
 )
 from safetensors.torch import save_file
@@ -114,8 +114,10 @@ class QuickstartArguments:
         default=0.3, metadata={"help": "How evenly labels are spread: 0.1 is very skewed, 100 nearly even."}
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs per client and round."})
-    learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of AdamW, constant."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Examples per training step."})
+    learning_rate: float = field(
+        default=5e-3, metadata={"help": "Peak learning rate; warmed up, then linear to zero over the whole run."}
+    )
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Examples per training step."})
     lora_r: int = field(default=8, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=8, metadata={"help": "LoRA alpha."})
     lora_target_modules: list[str] | None = field(
@@ -240,7 +242,8 @@ def training_arguments(args: QuickstartArguments, method: str) -> FederatedTrain
         num_rounds=args.num_rounds,
         num_train_epochs=args.num_train_epochs,
         learning_rate=args.learning_rate,
-        lr_scheduler_type="constant",
+        lr_schedule="run",  # warmed up, then linear to zero, once over all rounds
+        warmup_steps=0.06,
         per_device_train_batch_size=args.per_device_train_batch_size,
         per_device_eval_batch_size=32,
         train_sampling_strategy="group_by_length",
@@ -347,12 +350,12 @@ def report(
     splits: datasets.DatasetDict,
 ) -> None:
     """Print the table; write it, the figure and the JSON file."""
-    table = comparison_table(results)
-    (output_dir / "results.md").write_text(f"{table}\n\n{TABLE_NOTE}\n", encoding="utf-8")
+    table, note = comparison_table(results), table_note(results, len(splits["test"]))
+    (output_dir / "results.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
     write_json(output_dir / "results.json", asdict(args), shares, results)
     counts = Counter(splits["validation"]["label"])
     draw(output_dir / "rounds.png", shares, results, majority=max(counts.values()) / counts.total())
-    print(f"\n{table}\n\n{TABLE_NOTE}\nWritten: results.md, results.json and rounds.png in {output_dir}.")
+    print(f"\n{table}\n\n{note}\nWritten: results.md, results.json and rounds.png in {output_dir}.")
 
 
 def reload(model_dir: Path, reference: Path, device: str) -> None:

@@ -33,10 +33,6 @@ TABLE_HEAD = (
     "kB down / client / round",
     "seconds",
 )
-TABLE_NOTE = """\
-Metrics: test split, after the last round. Seconds: training and validation. 1 kB = 1000 bytes.
-Aggregation error: the weight change that was installed against the float64 mean of the clients', relative, largest of
-all rounds. FedIT deviation: what averaging A and B apart would have lost from the same updates, likewise."""
 
 
 @dataclass
@@ -120,6 +116,19 @@ def comparison_table(results: Sequence[Result]) -> str:
     return _markdown(TABLE_HEAD, rows)
 
 
+def table_note(results: Sequence[Result], num_test: int) -> str:
+    """What the columns mean, and how much of a difference may be chance."""
+    spread = max((result.test_accuracy * (1 - result.test_accuracy) / num_test) ** 0.5 for result in results)
+    return (
+        f"Metrics: {num_test} test examples, after the last round; one standard error of an accuracy is about "
+        f"{spread:.3f}, so smaller gaps may be chance.\n"
+        "Aggregation error: the weight change that was installed against the float64 mean of the clients', relative, "
+        "largest of all rounds.\n"
+        "FedIT deviation: what averaging A and B apart would have lost from the same updates, likewise.\n"
+        "Traffic: mean over rounds, 1 kB = 1000 bytes. Seconds: training and validation."
+    )
+
+
 def write_json(path: Path, settings: Mapping[str, Any], shares: Any, results: Sequence[Result]) -> None:
     """Write settings, clients and every round of every run."""
     content = {"settings": dict(settings), "clients": shares, "runs": [asdict(result) for result in results]}
@@ -145,6 +154,7 @@ def _draw_shares(axis: Axes, shares: Mapping[str, Mapping[str, int]]) -> None:
         axis.barh(list(shares), counts, left=left, color=colors(index), label=label, height=0.7)
         left = [a + b for a, b in zip(left, counts, strict=True)]
     axis.invert_yaxis()
+    axis.margins(x=0.03)
     axis.set(title="What each client holds", xlabel="training examples")
     if len(labels) <= 20:
         axis.legend(title="label", fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.45, -0.14))
@@ -174,7 +184,7 @@ def _draw_errors(axis: Axes, results: Sequence[Result]) -> None:
             points = [(each["round"], each[key]) for each in result.rounds if each[key] > 0]
             if points:
                 face = color if dashes == "-" else "white"
-                line = {"color": color, "marker": marker, "markerfacecolor": face, "linestyle": dashes}
+                line: dict[str, Any] = {"color": color, "marker": marker, "markerfacecolor": face, "linestyle": dashes}
                 axis.plot(*zip(*points, strict=True), **line, label=f"{LABELS[result.method]}: {text}")
     axis.set_yscale("log")
     axis.set(

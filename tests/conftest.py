@@ -5,6 +5,7 @@ import os
 
 # Read at import by huggingface_hub and torch, so set before any of them is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: the last bits depend on the thread count
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

@@ -108,8 +108,9 @@ def test_residual_is_ideal_minus_fedit(weights):
     assert error(product(residual), expected) < 3e-7
     assert error(product(mean) + product(residual), ideal(factors, weights)) < 3e-7
     # One contrast fewer than clients, whatever the paper's bound of k r says.
-    assert residual.A.shape == ((k - 1) * RANK, IN)
-    assert residual.B.shape == (OUT, (k - 1) * RANK)
+    rank = min((k - 1) * RANK, IN, OUT)  # and never more than the layer's smaller side
+    assert residual.A.shape == (rank, IN)
+    assert residual.B.shape == (OUT, rank)
     assert residual.A.dtype == residual.B.dtype == torch.float32
     assert residual.scaling == mean.scaling == 2.0
 

@@ -497,10 +497,10 @@ ARGUMENTS: dict[str, tuple[Make, type[Exception], tuple[str, ...]]] = {
         (ValueError, TypeError),
         ("aggregator_kwargs", "residual_rank=8", "JSON"),
     ),
-    "a schedule that cannot be continued": (
-        with_args(lr_schedule="run", lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch"),
+    "a schedule that waits for metrics": (
+        with_args(lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch"),
         ValueError,
-        ('`lr_schedule="run"`', "reduce_lr_on_plateau", '`lr_schedule="round"`'),
+        ("`lr_scheduler_type='reduce_lr_on_plateau'`", "function of the step"),
     ),
     "push_to_hub": (with_args(push_to_hub=True), ValueError, ("`push_to_hub`", "not part of this version", "off")),
     "auto_find_batch_size": (with_args(auto_find_batch_size=True), ValueError, ("`auto_find_batch_size`", "off")),

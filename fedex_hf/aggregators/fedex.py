@@ -66,6 +66,8 @@ class FedExAggregator(Aggregator):
             residual = concatenate([residual, _lost_by_rounding(factors, client_weights, mean)])
         if self.residual_rank is not None:
             residual = compress(residual, self.residual_rank)
+        elif residual.rank > min(residual.B.shape[0], residual.A.shape[1]):
+            residual = compress(residual)  # many clients: no update needs more factors than its smaller side
         return mean, residual
 
 
