@@ -16,7 +16,7 @@ help:  ## Show the targets.
 install: $(INSTALLED)  ## Create .venv and install the package with everything that recipes and tests need.
 
 $(INSTALLED): setup.py $(CONSTRAINTS)
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v[:2] else f"Python {v[0]}.{v[1]} is too old: fedex_hf needs 3.10 or newer; try make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v[:2] >= (3, 10) else f"Python {v[0]}.{v[1]} is too old: take 3.11 or newer, as in make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[recipes,test]'

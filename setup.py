@@ -8,14 +8,16 @@ from setuptools import find_packages, setup
 REQUIRED = [
     # The training loop that `FederatedTrainer` replaces is not a public interface: also checked at import, in
     # fedex_hf/_versions.py, which must hold the same range.
+    # Before 5.18 transformers takes the base's head where an adapter brings a trained one.
     "transformers>=5.18.0,<5.24",
-    "peft>=0.20.0,<0.22",
+    # Before 0.21.2 PEFT cannot wrap the sequence-to-sequence models of transformers 5.18 and newer.
+    "peft>=0.21.2,<0.22",
     "torch>=2.6",
     "accelerate>=1.4.0",
     "datasets>=4.7.0",
-    "huggingface_hub>=1.5.0",
+    "huggingface_hub>=1.31.0",
     "evaluate>=0.4.3",
-    "safetensors>=0.5",
+    "safetensors>=0.8.0",
     "numpy>=1.26",
     "packaging>=23.0",
 ]
@@ -26,7 +28,7 @@ TEST = [
     *DOCS,
     "pytest>=8.0",
     "pytest-cov>=5.0",
-    "trl>=1.0.0",
+    "trl>=1.12.0",
     "tensorboard>=2.17",
     "ruff>=0.11",
     "mypy>=1.15",

@@ -30,6 +30,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification
 
+from fedex_hf import AGGREGATORS
+
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -290,6 +292,16 @@ def anchors_of(page: Path) -> set[str]:
 # ---- Tests ----
 
 
+@pytest.fixture
+def _own_registry():
+    """A page that registers an aggregator does so for its own run only."""
+    before = dict(AGGREGATORS)
+    yield
+    AGGREGATORS.clear()
+    AGGREGATORS.update(before)
+
+
+@pytest.mark.usefixtures("_own_registry")
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_runs(page, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
