@@ -6,16 +6,20 @@
 
 The claim: a round of k clients needs no more than a round of 3 clients and k - 3 adapters, an adapter being what one
 client sends (its LoRA factors and its head). Each run is a process of its own, with the same model, data and steps per
-client. Two peaks are taken:
+client. Three peaks are taken:
 
-- resident memory of the process during `train()`, as the system counts it (Linux: `VmHWM`, reset before `train()`)
-- bytes that torch has allocated during `train()`, to the byte, from the memory events of torch's profiler, in runs of
-  their own, split by what the round was doing
+- allocated: bytes that torch has allocated and not freed since `train()` began, to the byte, from the memory events of
+  torch's profiler, in a run of its own, split by what the round was doing
+- resident: memory of the process during `train()`, as the system counts it (Linux: `VmHWM`, reset before `train()`).
+  It also holds what the C library keeps of freed memory, which differs by tens of megabytes from run to run
+- resident, tidy: the same with glibc told to give every block over 64 kB back when it is freed
+  (`MALLOC_MMAP_THRESHOLD_=65536`), so that resident memory follows what is held
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -69,6 +73,14 @@ class BenchmarkArguments:
             "choices": ["resident", "allocated"],
         },
     )
+
+
+# How a run is started, by what it is to find: the value of `--child`, and its further environment.
+RUNS: dict[str, tuple[str, dict[str, str]]] = {
+    "allocated": ("allocated", {}),
+    "resident": ("resident", {}),
+    "resident, tidy": ("resident", {"MALLOC_MMAP_THRESHOLD_": "65536"}),
+}
 
 
 # ---- One run, in a process of its own ----
@@ -149,7 +161,7 @@ def run_child(args: BenchmarkArguments, clients: int, rounds: int) -> dict[str, 
     model = build_model(size, args.rank)
     # The data of the larger federation in either case: what differs is the number of clients.
     data = build_data(size, max(args.clients) * args.steps * size.batch)
-    shares = [data.shard(max(args.clients), index, contiguous=True) for index in range(clients)]
+    shares = [data.shard(max(args.clients), index, contiguous=True) for index in range(max(args.clients))]
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = WatchedFederatedTrainer(
             model,
@@ -164,7 +176,7 @@ def run_child(args: BenchmarkArguments, clients: int, rounds: int) -> dict[str, 
                 disable_tqdm=True,
                 use_cpu=True,
             ),
-            train_dataset={f"client-{index}": share for index, share in enumerate(shares)},
+            train_dataset={f"client-{index}": share for index, share in enumerate(shares[:clients])},
         )
         trainer.remove_callback(PrinterCallback)
         with _peak_allocated() if args.child == "allocated" else _peak_resident() as peaks:
@@ -219,44 +231,50 @@ class Comparison:
         rounds: Server rounds of each run.
         clients: Clients per round, few and many.
         adapter: What one client sends.
-        resident: Clients -> peak of resident memory of every repeat.
-        allocated: Clients -> peak of what torch allocated, by phase.
+        peaks: Key of `RUNS` -> clients -> peak of every repeat.
+        phases: Clients -> peak of what torch allocated, by phase.
         held: Clients -> bytes held at the end of the round that held most, by holder.
     """
 
     rounds: int
     clients: tuple[int, int]
     adapter: int
-    resident: dict[int, list[int]]
-    allocated: dict[int, dict[str, int]]
+    peaks: dict[str, dict[int, list[int]]]
+    phases: dict[int, dict[str, int]]
     held: dict[int, dict[str, int]]
 
-    def row(self, what: str, few: float, many: float) -> list[str]:
+    def row(self, run: str) -> list[str]:
         """A row of the summary: few clients, allowed for many, measured with many, verdict."""
+        few, many = (median(self.peaks[run][clients]) for clients in self.clients)
         allowed = few + (self.clients[1] - self.clients[0]) * self.adapter
-        verdict = "yes" if many <= allowed else f"NO, by {(many - allowed) / MB:.1f}"
-        return [what, str(self.rounds), *(f"{each / MB:.1f}" for each in (few, allowed, many)), verdict]
+        verdict = "yes" if many <= allowed else f"NO, by {(many - allowed) / MB:.1f} MB"
+        return [run, str(self.rounds), *(f"{each / MB:.1f}" for each in (few, allowed, many)), verdict]
 
 
 def compare(args: BenchmarkArguments, rounds: int) -> Comparison:
     """Run few and many clients, in turns."""
     few, many = args.clients
-    resident: dict[int, list[int]] = {few: [], many: []}
-    for _ in range(args.repeats):
-        for clients in (few, many):
-            resident[clients].append(_spawn(args, clients, rounds, "resident")["peaks"]["whole run"])
-    traced = {clients: _spawn(args, clients, rounds, "allocated") for clients in (few, many)}
+    runs: dict[str, dict[int, list[dict[str, Any]]]] = {run: {few: [], many: []} for run in RUNS}
+    for run, of_clients in runs.items():
+        for _ in range(1 if run == "allocated" else args.repeats):  # which is the same every time
+            for clients, results in of_clients.items():
+                results.append(_spawn(args, clients, rounds, run))
+    exact = {clients: results[0] for clients, results in runs["allocated"].items()}
     return Comparison(
         rounds=rounds,
         clients=(few, many),
-        adapter=traced[few]["adapter"],
-        resident=resident,
-        allocated={clients: run["peaks"] for clients, run in traced.items()},
-        held={clients: run["held"] for clients, run in traced.items()},
+        adapter=exact[few]["adapter"],
+        peaks={
+            run: {clients: [each["peaks"]["whole run"] for each in results] for clients, results in of_clients.items()}
+            for run, of_clients in runs.items()
+        },
+        phases={clients: each["peaks"] for clients, each in exact.items()},
+        held={clients: each["held"] for clients, each in exact.items()},
     )
 
 
-def _spawn(args: BenchmarkArguments, clients: int, rounds: int, child: str) -> dict[str, Any]:
+def _spawn(args: BenchmarkArguments, clients: int, rounds: int, run: str) -> dict[str, Any]:
+    child, environment = RUNS[run]
     flags = {
         "--child": child,
         "--clients": f"{clients} {max(args.clients)}",
@@ -270,10 +288,11 @@ def _spawn(args: BenchmarkArguments, clients: int, rounds: int, child: str) -> d
         __file__,
         *(word for pair in flags.items() for item in pair for word in str(item).split()),
     ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | environment
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if result.returncode != 0:
         raise RuntimeError(f"A run of {clients} clients failed:\n{result.stderr[-3000:]}")
-    print(f"{rounds} rounds, {clients} clients, {child}: done", flush=True)
+    print(f"{rounds} rounds, {clients} clients, {run}: done", flush=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -282,19 +301,17 @@ def _spawn(args: BenchmarkArguments, clients: int, rounds: int, child: str) -> d
 
 NOTES = """\
 1 MB = 1,000,000 bytes. *Allowed* is the peak with {few} clients and {more} adapters of {adapter:.3f} MB, each what one
-client sends. *Resident* is the median over {repeats} processes (the peak of the process while `train()` runs, with
-libraries and model in it); *allocated* is what torch has taken and not given back since `train()` began, so without
-the model, and is exact."""
+client sends. *Allocated* is what torch has taken and not given back since `train()` began, so without the model, and
+is exact. *Resident* is the peak of the whole process while `train()` runs, with libraries and model, the median over
+{repeats} processes; it also counts freed memory that the C library keeps, which *tidy* makes it give back, and the
+Python objects around the tensors."""
 
 
 def report(comparisons: Sequence[Comparison], args: BenchmarkArguments) -> str:
     """The whole page, in Markdown."""
     few, many = args.clients
     head = ("peak", "rounds", f"{few} clients, MB", f"allowed for {many}, MB", f"{many} clients, MB", "holds")
-    rows = []
-    for each in comparisons:
-        rows.append(each.row("resident", *(median(each.resident[clients]) for clients in each.clients)))
-        rows.append(each.row("allocated", *(each.allocated[clients]["whole run"] for clients in each.clients)))
+    rows = [each.row(run) for run in RUNS for each in comparisons]
     adapter = comparisons[0].adapter / MB
     sections = [
         f"# Memory of a round with {many} clients",
@@ -321,16 +338,17 @@ def _details(each: Comparison) -> list[str]:
             rows.append([name, f"{low / MB:.2f}", f"{high / MB:.2f}", f"{further:.2f}"])
         return markdown_table((first, *head), rows)
 
-    resident = "; ".join(
-        f"{clients} clients {', '.join(f'{peak / MB:.1f}' for peak in peaks)}"
-        for clients, peaks in each.resident.items()
+    repeats = "".join(
+        f"- {run}, {clients} clients: {', '.join(f'{peak / MB:.1f}' for peak in each.peaks[run][clients])}\n"
+        for run in RUNS
+        for clients in each.clients
     )
     return [
-        f"Resident, every repeat, MB: {resident}.",
         "Allocated by torch, peak by phase of a round:",
-        table("phase", each.allocated),
+        table("phase", each.phases),
         "Held at the end of the round, before the clients' updates are dropped:",
         table("tensors", each.held),
+        f"Every peak, MB:\n\n{repeats}".rstrip(),
     ]
 
 

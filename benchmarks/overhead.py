@@ -324,6 +324,7 @@ def summary(measurements: dict[str, Measurement]) -> str:
         case = measurement.case
         share, per_fit = extra(measurement, _wall)
         bare_share, bare_per_fit = extra(measurement, _without_collector)
+        _, outside_steps = extra(measurement, lambda clock: clock.seconds - clock.parts["steps"])
         text, holds = case.target
         rows.append(
             [
@@ -335,12 +336,15 @@ def summary(measurements: dict[str, Measurement]) -> str:
                 f"{per_fit:+.1f} ms",
                 f"{bare_share:+.1%}",
                 f"{bare_per_fit:+.1f} ms",
+                f"{outside_steps:+.1f} ms",
                 text,
                 "yes" if holds(share, per_fit) else "NO",
             ]
         )
     head = ("case", "rounds x clients x steps", "plain, s", "federated, s", "extra", "extra per fit")
-    return markdown_table((*head, "extra w/o collector", "per fit w/o collector", "target", "holds"), rows)
+    return markdown_table(
+        (*head, "extra w/o collector", "per fit w/o collector", "per fit outside steps", "target", "holds"), rows
+    )
 
 
 def _spread(clocks: Sequence[Clock]) -> str:
@@ -380,7 +384,9 @@ def breakdown(measurement: Measurement) -> str:
 NOTES = """\
 Medians over {repeats} pairs of runs (least to largest), made in turns in one process. *Extra* is the median over the
 pairs of federated to plain; *w/o collector* leaves Python's garbage collector out of both runs (each pays one full
-collection, with which `Trainer.train()` begins). A run is timed from its constructor to the return of `train()`.
+collection, with which `Trainer.train()` begins); *outside steps* leaves out the time between a fit's first step's
+begin and its last step's end, which is most of a run and all of its noise. A run is timed from its constructor to the
+return of `train()`.
 {clock}"""
 
 

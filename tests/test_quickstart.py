@@ -45,7 +45,9 @@ def test_own_data_through_all_methods_and_back(tmp_path):
     done = run(*flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("bit-equal") == 2
-    assert {"results.md", "results.json", "rounds.png", "fedex-model"} <= {path.name for path in tmp_path.glob("out/*")}
+    assert {"results.md", "results.json", "rounds.png", "fedex-model"} <= {
+        path.name for path in tmp_path.glob("out/*")
+    }
     results = {each["method"]: each for each in json.loads((tmp_path / "out" / "results.json").read_text())["runs"]}
     assert results.keys() == {"fedex", "fedit", "ffa", "centralized"}
     errors = {name: max(each["aggregation_error"] for each in result["rounds"]) for name, result in results.items()}
