@@ -41,7 +41,18 @@ def test_own_data_through_all_methods_and_back(tmp_path):
         for second in names.split()
     ]
     (tmp_path / "things.csv").write_text("\n".join(["text,label", *rows]) + "\n")
-    flags = "--dataset_name things.csv --num_rounds 2 --num_clients 3 --max_seq_length 12 --output_dir out".split()
+    flags = [
+        "--dataset_name",
+        "things.csv",
+        "--num_rounds",
+        "2",
+        "--num_clients",
+        "3",
+        "--max_seq_length",
+        "12",
+        "--output_dir",
+        "out",
+    ]
     done = run(*flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("bit-equal") == 2
