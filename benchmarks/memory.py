@@ -110,7 +110,8 @@ class WatchedFederatedTrainer(FederatedTrainer):
 
     def round_metrics(self, updates: Sequence[ClientUpdate], update: GlobalUpdate, *args: Any) -> dict[str, float]:
         _mark("rest")
-        (old_state, old_ledger), self._before = self._before, ()
+        old_state, old_ledger = self._before
+        del self._before
         held = _count(
             {
                 "model": list(self.adapted.model.parameters()),

@@ -1,6 +1,7 @@
 """The quickstart as a user runs it, cut down to a minute."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_own_data_through_all_methods_and_back(tmp_path):
         for second in names.split()
     ]
     (tmp_path / "things.csv").write_text("\n".join(["text,label", *rows]) + "\n")
-    flags = [
+    flags = "--dataset_name things.csv --num_rounds 2 --num_clients 3 --max_seq_length 12 --output_dir out"
         "--dataset_name",
         "things.csv",
         "--num_rounds",
@@ -53,7 +54,7 @@ def test_own_data_through_all_methods_and_back(tmp_path):
         "--output_dir",
         "out",
     ]
-    done = run(*flags, cwd=tmp_path)
+    done = run(*shlex.split(flags), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("bit-equal") == 2
     assert {"results.md", "results.json", "rounds.png", "fedex-model"} <= {
