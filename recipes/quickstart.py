@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, TaskType, get_peft_model_state_dict
-from quickstart_data import DataError, load_own, load_standard_library
+from quickstart_data import load_own, load_standard_library
 from quickstart_report import (
     LABELS,
     Result,
@@ -135,29 +135,28 @@ class QuickstartArguments:
 def main() -> None:
     """Compare the methods, report, and reload what was saved in a fresh process."""
     args = HfArgumentParser(QuickstartArguments, description=__doc__.split("\n\n")[0]).parse_args_into_dataclasses()[0]
-    training_args = {method: training_arguments(args, method) for method in dict.fromkeys(args.aggregators)}
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks for it
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()  # of model loading; the trainers' bars stay
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        splits = load_splits(args)
-    except DataError as error:
-        raise SystemExit(f"Cannot use the dataset. {error}") from error
-    names = splits["train"].features["label"].names
     model_path = args.model_name_or_path or packaged_encoder()
     tokenizer = load_tokenizer(model_path)
-    splits = splits.map(
-        lambda rows: tokenizer(rows["text"], truncation=True, max_length=args.max_seq_length), batched=True
-    )
-    clients = partition_dataset(
-        splits["train"],
-        args.num_clients,
-        partition_by="label",
-        dirichlet_alpha=args.dirichlet_alpha,
-        seed=args.seed,
-    )
+    try:
+        training_args = {method: training_arguments(args, method) for method in dict.fromkeys(args.aggregators)}
+        splits = load_splits(args).map(
+            lambda rows: tokenizer(rows["text"], truncation=True, max_length=args.max_seq_length), batched=True
+        )
+        clients = partition_dataset(
+            splits["train"],
+            args.num_clients,
+            partition_by="label",
+            dirichlet_alpha=args.dirichlet_alpha,
+            seed=args.seed,
+        )
+    except ValueError as error:  # each says what came and what to do; a traceback would hide it
+        raise SystemExit(f"Nothing was trained. {error}") from error
+    names = splits["train"].features["label"].names
     shares = label_counts(clients, names)
     describe(splits, shares)
 
@@ -171,12 +170,12 @@ def main() -> None:
         data = {"everyone": splits["train"]} if method == "centralized" else clients
         trainer = build_trainer(args, method, training_args[method], model, tokenizer, data, splits["validation"])
         start.add(fingerprint(trainer.model))
+        if len(start) != 1:
+            raise SystemExit(f"{LABELS[method]} would start from another state than the methods before it.")
         results.append(run(trainer, method, splits["test"]))
         if method == saved:
             trainer.save_model(str(model_dir))
             write_reference(trainer, splits["test"], reference)
-    if len(start) != 1:
-        raise SystemExit("The methods did not start from the same state, so the table would compare nothing.")
 
     report(args, output_dir, shares, results, splits)
     reload(model_dir, reference, trainer.args.device.type)

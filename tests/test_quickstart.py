@@ -43,17 +43,6 @@ def test_own_data_through_all_methods_and_back(tmp_path):
     ]
     (tmp_path / "things.csv").write_text("\n".join(["text,label", *rows]) + "\n")
     flags = "--dataset_name things.csv --num_rounds 2 --num_clients 3 --max_seq_length 12 --output_dir out"
-        "--dataset_name",
-        "things.csv",
-        "--num_rounds",
-        "2",
-        "--num_clients",
-        "3",
-        "--max_seq_length",
-        "12",
-        "--output_dir",
-        "out",
-    ]
     done = run(*shlex.split(flags), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("bit-equal") == 2
