@@ -108,12 +108,12 @@ class BenchmarkArguments:
 
 
 class Clock(TrainerCallback):
-    """Splits the time of a run into parts that add up to it.
+    """Splits the time of a run into parts that, with the garbage collector, add up to it.
 
     Attributes:
         now: Where time is read from, seconds.
-        parts: Part -> seconds.
-        collector_seconds: Share of the whole that Python's garbage collector took.
+        parts: Part -> seconds, without what the collector took meanwhile.
+        collector_seconds: What Python's garbage collector took.
     """
 
     now = staticmethod(time.perf_counter)
@@ -125,12 +125,20 @@ class Clock(TrainerCallback):
     @property
     def seconds(self) -> float:
         """The whole run."""
+        return self.seconds_without_collector + self.collector_seconds
+
+    @property
+    def seconds_without_collector(self) -> float:
+        """The whole run but the garbage collector."""
         return sum(self.parts.values())
+
+    def _now(self) -> float:
+        return self.now() - self.collector_seconds
 
     def __enter__(self) -> Clock:
         gc.callbacks.append(self._on_collection)
         self._current = "set-up"
-        self._since = self._last_step = self.now()
+        self._since = self._last_step = self._now()
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -139,7 +147,7 @@ class Clock(TrainerCallback):
 
     def enter(self, part: str) -> None:
         """From here on time belongs to `part`."""
-        now = self.now()
+        now = self._now()
         if self._current == "steps":
             self.parts["steps"] += self._last_step - self._since
             self._since, self._current = self._last_step, "end of fits"
@@ -151,7 +159,7 @@ class Clock(TrainerCallback):
             self.enter("steps")
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._last_step = self.now()
+        self._last_step = self._now()
 
     def _on_collection(self, phase: str, info: dict[str, int]) -> None:
         if phase == "start":
@@ -215,9 +223,10 @@ def run_federated(case: Case, data: Dataset, output_dir: str) -> Clock:
     """`FederatedTrainer` with a client per share of the data."""
     model = build_model(SIZES[case.model])
     args = _arguments(FederatedTrainingArguments, case, output_dir, num_rounds=case.rounds)
+    clients = _shares(case, data)
 
     def run(clock: Clock) -> int:
-        trainer = ClockedFederatedTrainer(model, args, train_dataset=_shares(case, data), callbacks=[clock])
+        trainer = ClockedFederatedTrainer(model, args, train_dataset=clients, callbacks=[clock])
         trainer.clock = clock
         return _train(trainer)
 
@@ -228,9 +237,9 @@ def run_separate(case: Case, data: Dataset, output_dir: str) -> Clock:
     """A new plain `Trainer` for every fit, one after another on the same model: no swapping, no aggregation."""
     model = build_model(SIZES[case.model])
     args = _arguments(TrainingArguments, case, output_dir, num_train_epochs=1)
+    shares = [*_shares(case, data).values()] * case.rounds
 
     def run(clock: Clock) -> int:
-        shares = [*_shares(case, data).values()] * case.rounds
         return sum(_train(Trainer(model, args, train_dataset=share)) for share in shares)
 
     return _timed(run, case)
@@ -309,22 +318,14 @@ def extra(measurement: Measurement, seconds: Callable[[Clock], float]) -> tuple[
     return share, median(1e3 * (fed - plain) / measurement.case.fits for plain, fed in pairs)
 
 
-def _wall(clock: Clock) -> float:
-    return clock.seconds
-
-
-def _without_collector(clock: Clock) -> float:
-    return clock.seconds - clock.collector_seconds
-
-
 def summary(measurements: dict[str, Measurement]) -> str:
     """One row per case."""
     rows = []
     for name, measurement in measurements.items():
         case = measurement.case
-        share, per_fit = extra(measurement, _wall)
-        bare_share, bare_per_fit = extra(measurement, _without_collector)
-        _, outside_steps = extra(measurement, lambda clock: clock.seconds - clock.parts["steps"])
+        share, per_fit = extra(measurement, lambda clock: clock.seconds)
+        bare_share, bare_per_fit = extra(measurement, lambda clock: clock.seconds_without_collector)
+        _, outside_steps = extra(measurement, lambda clock: clock.seconds_without_collector - clock.parts["steps"])
         text, holds = case.target
         rows.append(
             [
@@ -377,16 +378,16 @@ def breakdown(measurement: Measurement) -> str:
         median(clock.collector_seconds for clock in clocks) for clocks in (measurement.plain, measurement.federated)
     ]
     difference = (collector[1] - collector[0]) / measurement.case.fits
-    rows.append(["of all this, garbage collector", *(f"{1e3 * each:.1f}" for each in (*collector, difference))])
+    rows.append(["garbage collector", *(f"{1e3 * each:.1f}" for each in (*collector, difference))])
     return markdown_table(("part", "plain, ms", "federated, ms", "difference per fit, ms"), rows)
 
 
 NOTES = """\
 Medians over {repeats} pairs of runs (least to largest), made in turns in one process. *Extra* is the median over the
 pairs of federated to plain; *w/o collector* leaves Python's garbage collector out of both runs (each pays one full
-collection, with which `Trainer.train()` begins); *outside steps* leaves out the time between a fit's first step's
-begin and its last step's end, which is most of a run and all of its noise. A run is timed from its constructor to the
-return of `train()`.
+collection, with which `Trainer.train()` begins); *outside steps* also leaves out the time between the first step's
+begin and the last step's end of each fit, which is most of a run and nearly all of its noise. A run is timed from its
+constructor to the return of `train()`.
 {clock}"""
 
 

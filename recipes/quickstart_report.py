@@ -154,7 +154,7 @@ def _draw_shares(axis: Axes, shares: Mapping[str, Mapping[str, int]]) -> None:
         axis.barh(list(shares), counts, left=left, color=colors(index), label=label, height=0.7)
         left = [a + b for a, b in zip(left, counts, strict=True)]
     axis.invert_yaxis()
-    axis.margins(x=0.03)
+    axis.set_xlim(0, 1.03 * max(left))  # after the loop: the clients' totals
     axis.set(title="What each client holds", xlabel="training examples")
     if len(labels) <= 20:
         axis.legend(title="label", fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.45, -0.14))
