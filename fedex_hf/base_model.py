@@ -157,11 +157,14 @@ class AdaptedModel:
                 self.originals[name] = _snapshot(weight)
             weight.copy_(self.base_weight_at(name, ledger))
 
+    def original(self, name: str) -> torch.Tensor:
+        """A layer's base weight before any residual, in its own dtype and layout, on the CPU."""
+        original = self.originals.get(name)
+        return self.sites[name].base_weight.detach().cpu() if original is None else original
+
     def base_weight_at(self, name: str, ledger: Ledger) -> torch.Tensor:
         """A layer's base weight under a ledger, in the dtype and layout of the weight, on the CPU."""
-        original = self.originals.get(name)
-        if original is None:
-            original = self.sites[name].base_weight.detach().cpu()
+        original = self.original(name)
         added = ledger.dense(name, self.sites[name])
         return original if added is None else (original.double() + added).to(original.dtype)
 

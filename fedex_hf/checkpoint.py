@@ -3,7 +3,7 @@
     checkpoint-N/                 N = optimizer steps so far, as in `Trainer`
         trainer_state.json  rng_state.pth  training_args.bin
         federation/
-            state.json            round, fingerprint of the run, the files with their sizes
+            state.json            round, fingerprint of the run, the files with their sizes, digest of the tensors
             state.safetensors     adapter factors and every other trained tensor
             ledger.safetensors    the sum of all residuals, float32
             clients/0.pt          optimizer state of client 0, if kept
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -67,7 +68,7 @@ def save_round(directory: Path, round_state: RoundState, fingerprint: Mapping[st
     Last of all that goes into `directory`: the sizes of all files in it are noted.
     """
     folder = directory / FOLDER
-    (folder / "clients").mkdir(parents=True)
+    (folder / "clients").mkdir(parents=True, exist_ok=True)
     tensors = {f"tensors/{name}": tensor for name, tensor in round_state.state.tensors.items()}
     save_file(_contiguous(_flatten(round_state.state.adapters) | tensors), folder / _STATE)
     matrices = {f"matrices/{name}": matrix for name, matrix in round_state.ledger.matrices.items()}
@@ -77,12 +78,21 @@ def save_round(directory: Path, round_state: RoundState, fingerprint: Mapping[st
     files = {
         path.relative_to(directory).as_posix(): path.stat().st_size for path in directory.rglob("*") if path.is_file()
     }
-    meta = {"format": _FORMAT, "round": round_state.round, "fingerprint": fingerprint, "files": files}
+    meta = {
+        "format": _FORMAT,
+        "round": round_state.round,
+        "fingerprint": fingerprint,
+        "files": files,
+        "digest": _digest(folder, round_state.round),
+    }
     (folder / _META).write_text(json.dumps(meta, indent=2, sort_keys=True))
 
 
 def load_round(
-    directory: str | os.PathLike, fingerprint: Mapping[str, Any], adapted: AdaptedModel, clients: list[str]
+    directory: str | os.PathLike,
+    fingerprint: Mapping[str, Any],
+    adapted: AdaptedModel,
+    clients: list[str] | None = None,
 ) -> RoundState:
     """Read a round back.
 
@@ -90,13 +100,13 @@ def load_round(
         directory: A `checkpoint-N` folder.
         fingerprint: Of the run that wants to continue; must equal the stored one.
         adapted: The model, for the layers' scalings.
-        clients: The federation's clients in their order.
+        clients: The federation's clients in their order; `None` leaves their optimizer states unread.
 
     Raises:
-        CheckpointMismatchError: If the folder is no round checkpoint, is incomplete, or is of another run.
+        CheckpointMismatchError: If the folder is no round checkpoint, is incomplete or damaged, or is of another run.
     """
     folder = Path(directory) / FOLDER
-    meta = _read_meta(folder)
+    meta = read_meta(directory)
     differing = [key for key in fingerprint if meta["fingerprint"].get(key) != _jsonable(fingerprint[key])]
     if differing:
         raise CheckpointMismatchError(
@@ -107,7 +117,13 @@ def load_round(
             + ". Resume with the model, adapter, aggregator and clients it was written with, or start anew in another "
             "`output_dir`."
         )
+    if meta["digest"] != _digest(folder, meta["round"]):
+        raise CheckpointMismatchError(
+            f"`{directory}` is damaged: its tensors are not those that were written. Resume from another checkpoint."
+        )
     state, ledger = load_file(folder / _STATE), load_file(folder / _LEDGER)
+    _check_tensors(f"{directory}/{FOLDER}/{_STATE}", state, _state_layout(adapted))
+    _check_tensors(f"{directory}/{FOLDER}/{_LEDGER}", ledger, _ledger_layout(adapted, ledger))
     scalings = {name: site.scaling for name, site in adapted.sites.items()}
     return RoundState(
         round=meta["round"],
@@ -116,6 +132,7 @@ def load_round(
         optimizer_states={
             clients[int(path.stem)]: torch.load(path, weights_only=True)
             for path in sorted((folder / "clients").glob("*.pt"))
+            if clients is not None
         },
     )
 
@@ -129,8 +146,14 @@ def fingerprint_of(adapted: AdaptedModel, **settings: Any) -> dict[str, Any]:
     """
     digest = hashlib.sha256()
     originals = {id(adapted.sites[name].base_weight): weight for name, weight in adapted.originals.items()}
+    unused = {  # the heads that trained ones stand in for: random in a base that has none, and never used
+        id(parameter)
+        for module in adapted.model.modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for parameter in module.original_module.parameters()
+    }
     for parameter in adapted.model.parameters():
-        if not parameter.requires_grad and parameter.numel():
+        if not parameter.requires_grad and parameter.numel() and id(parameter) not in unused:
             weight = originals.get(id(parameter), parameter.detach())
             digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
     layers = {
@@ -199,7 +222,13 @@ def remove_unfinished(output_dir: str | os.PathLike) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
+    """What `federation/state.json` of a round says, after checking that the files it lists are there.
+
+    Raises:
+        CheckpointMismatchError: If the folder is no round checkpoint, or is incomplete.
+    """
+    folder = Path(directory) / FOLDER
     try:
         meta = json.loads((folder / _META).read_text())
         if not isinstance(meta, dict):
@@ -213,19 +242,65 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise CheckpointMismatchError(
             f"`{folder.parent}` has format {meta.get('format')}; this version of fedex_hf reads format {_FORMAT}."
         )
-    missing = {"round", "fingerprint", "files"} - meta.keys()
+    missing = {"round", "fingerprint", "files", "digest"} - meta.keys()
     if missing:
         raise CheckpointMismatchError(
             f"`{folder.parent}` is damaged: `{FOLDER}/{_META}` lacks {sorted(missing)}. Resume from an older "
             "checkpoint."
         )
     for name, size in meta["files"].items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointMismatchError(f"`{folder.parent}` lists the file `{name}`, which is not inside it.")
         path = folder.parent / name
         if not path.is_file() or path.stat().st_size != size:
             raise CheckpointMismatchError(
                 f"`{folder.parent}` is incomplete: `{name}` should have {size} bytes. Resume from an older checkpoint."
             )
     return meta
+
+
+def _digest(folder: Path, round: int) -> str:
+    """SHA-256 of the round's number and tensors: equal for equal rounds of equal runs."""
+    digest = hashlib.sha256(f"round {round}\n".encode())
+    for name in (_STATE, _LEDGER):
+        with (folder / name).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _state_layout(adapted: AdaptedModel) -> dict[str, tuple]:
+    layout = {f"tensors/{name}": (tensor.shape, tensor.dtype) for name, tensor in adapted.tensors.items()}
+    for name, site in adapted.sites.items():
+        layout[f"A/{name}"], layout[f"B/{name}"] = (site.A.shape, site.A.dtype), (site.B.shape, site.B.dtype)
+    return layout
+
+
+def _ledger_layout(adapted: AdaptedModel, ledger: Mapping[str, torch.Tensor]) -> dict[str, tuple]:
+    """A ledger may lack layers, and its factors may have any rank, but both of one layer the same."""
+    layout: dict[str, tuple] = {}
+    for key in ledger:
+        kind, _, name = key.partition("/")
+        site = adapted.sites.get(name)
+        if site is not None and kind == "matrices":
+            layout[key] = (site.base_weight.shape, torch.float32)
+        elif site is not None and kind in ("A", "B"):
+            shape = ledger[key].shape if ledger[key].ndim == 2 else (0, 0)
+            rank = shape[0] if kind == "A" else shape[1]
+            layout[f"A/{name}"] = (torch.Size([rank, site.A.shape[1]]), torch.float32)
+            layout[f"B/{name}"] = (torch.Size([site.B.shape[0], rank]), torch.float32)
+    return layout
+
+
+def _check_tensors(file: str, tensors: Mapping[str, torch.Tensor], layout: Mapping[str, tuple]) -> None:
+    for key in [*layout, *tensors]:
+        found = (tensors[key].shape, tensors[key].dtype) if key in tensors else None
+        if key not in layout or found != layout[key]:
+            expected = "nothing" if key not in layout else f"{tuple(layout[key][0])} {layout[key][1]}"
+            came = "nothing" if found is None else f"{tuple(found[0])} {found[1]}"
+            raise CheckpointMismatchError(f"`{file}` holds {came} as `{key}`, where the model has {expected}.")
+        if not bool(torch.isfinite(tensors[key]).all()):
+            raise CheckpointMismatchError(f"`{file}` holds NaN or Inf in `{key}`. Resume from another round.")
 
 
 def _flatten(deltas: Mapping[str, LowRankDelta]) -> dict[str, torch.Tensor]:

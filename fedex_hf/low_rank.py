@@ -36,14 +36,15 @@ def concatenate(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
     return LowRankDelta(A, B, scaling)
 
 
-def compress(delta: LowRankDelta, rank: int | None = None) -> LowRankDelta:
+def compress(delta: LowRankDelta, rank: int | None = None, resolution: torch.dtype | None = None) -> LowRankDelta:
     """The same update with the fewest factors, or its best approximation of a given rank (Eckart-Young).
 
     FedEx-LoRA eqs. 17, 18 name the truncated SVD of the residual; here it is taken from the factors.
 
     Args:
         delta: Update of shape `(out_features, in_features)` in factored form.
-        rank: Largest rank to keep; `None` keeps everything above float64 rounding.
+        rank: Largest rank to keep; `None` keeps everything above rounding.
+        resolution: The dtype whose rounding counts; that of `delta` if `None`.
 
     Returns:
         Factors of rank at most `min(rank, in_features, out_features)`, each singular value split evenly between `A`
@@ -55,15 +56,29 @@ def compress(delta: LowRankDelta, rank: int | None = None) -> LowRankDelta:
     if rank is not None and rank < 1:
         raise ValueError(f"`rank={rank}` keeps nothing. Allowed: at least 1, or `None` to keep everything.")
     left, core, right = _core(delta)
-    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-    # Anything below this is rounding of the input's own dtype: it carries nothing and would only cost rank.
-    noise = 1e-2 * torch.finfo(delta.A.dtype).eps * S.max()
+    small = decompose(core, rank, delta.A.dtype if resolution is None else resolution)
+    B, A = (left @ small.B).to(delta.B.dtype), (small.A @ right.T).to(delta.A.dtype)
+    return LowRankDelta(A.contiguous(), B.contiguous(), delta.scaling)
+
+
+def decompose(matrix: torch.Tensor, rank: int | None = None, resolution: torch.dtype = torch.float32) -> LowRankDelta:
+    """A matrix as two factors of its numerical rank, by SVD in float64.
+
+    Args:
+        matrix: Tensor of shape `(out_features, in_features)`.
+        rank: Largest rank to keep; `None` keeps everything above rounding.
+        resolution: The dtype whose rounding counts.
+
+    Returns:
+        Factors in float64, each singular value split evenly between them, scaling 1.
+    """
+    U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    # Anything below this is rounding of that dtype: it carries nothing and would only cost rank.
+    noise = 1e-2 * torch.finfo(resolution).eps * S.max()
     keep = max(int(S.gt(noise).sum()), 1)
     keep = keep if rank is None else min(keep, rank)
     root = S[:keep].sqrt()
-    B = (left @ (U[:, :keep] * root)).to(delta.B.dtype)
-    A = ((root[:, None] * Vh[:keep]) @ right.T).to(delta.A.dtype)
-    return LowRankDelta(A.contiguous(), B.contiguous(), delta.scaling)
+    return LowRankDelta(root[:, None] * Vh[:keep], U[:, :keep] * root)
 
 
 def max_useful_rank(delta: LowRankDelta) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
@@ -23,7 +24,8 @@ from fedex_hf.aggregators import Aggregator
 from fedex_hf.base_model import AdaptedModel
 from fedex_hf.callbacks import FederatedCallback
 from fedex_hf.client import ClientRunner
-from fedex_hf.saving import save_full_model
+from fedex_hf.evaluation import Exactness
+from fedex_hf.hub_rounds import find_round, read_exactness, write_origin
 from fedex_hf.training_args import FederatedTrainingArguments
 
 
@@ -40,12 +42,14 @@ class RoundTrainer(Trainer):
     adapted: AdaptedModel
     clients: ClientRunner
     federation: ckpt.RoundState
+    exactness: Exactness | None
     # The hooks can be called without `train()`: these hold outside a run.
     learning_rate: float = 0.0
     _fitting: dict[str, Any] | None = None
     _cached_fingerprint: dict[str, Any] | None = None
     _evaluate_after_round: bool = False
     _save_after_round: bool = False
+    _continued: str | None = None  # the round that the constructor was given as `model`
     _holds_client: bool = False
     _round_began_at: int = 0
     _steps_of_round: Mapping[int, int] = {}
@@ -57,6 +61,12 @@ class RoundTrainer(Trainer):
     def sample_clients(self, round: int) -> list[str]:
         raise NotImplementedError
 
+    def begin_rounds(self, resume_from_checkpoint: str | None) -> None:
+        """Before the first round of this call of `train()`, with state and model as they will start. A hook."""
+
+    def end_round(self, round: int) -> None:
+        """After a round was evaluated and saved. A hook."""
+
     # ---- The run ----
 
     def train(  # type: ignore[override]  # `trial` and `ignore_keys_for_eval` are passed on
@@ -65,9 +75,9 @@ class RoundTrainer(Trainer):
         """Run all rounds; see `Trainer.train`.
 
         Args:
-            resume_from_checkpoint: A `checkpoint-N` folder, or `True` for the newest finished one of `output_dir`.
-                With `True` and none written yet, the run starts at round 1, so that the same command line works
-                whenever the process died.
+            resume_from_checkpoint: A `checkpoint-N` folder, a published round (`"user/run@round-3"`), or `True` for
+                the newest finished checkpoint of `output_dir`. With `True` and none written yet, the run starts at
+                round 1, so that the same command line works whenever the process died.
             kwargs: As in `Trainer.train`.
 
         Returns:
@@ -82,15 +92,19 @@ class RoundTrainer(Trainer):
         found = ckpt.checkpoints_in(output_dir)
         ckpt.remove_unfinished(output_dir)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(found[-1]) if found else None
-            if not found:
+            resume_from_checkpoint = str(found[-1]) if found else self._continued
+            if resume_from_checkpoint is None:
                 logger.warning(f"No checkpoint in `{output_dir}` yet: starting at round 1.")
-        elif not resume_from_checkpoint and found:
+        elif resume_from_checkpoint:
+            resume_from_checkpoint = self.find_round(str(resume_from_checkpoint))
+        elif found:
             raise ValueError(
                 f"`output_dir={output_dir!r}` holds another run ({len(found)} checkpoints up to "
                 f"`{found[-1].name}`). Continue it with `train(resume_from_checkpoint=True)`, choose another "
                 "`output_dir`, or delete the checkpoints."
             )
+        else:
+            resume_from_checkpoint = self._continued
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _inner_training_loop(
@@ -104,6 +118,7 @@ class RoundTrainer(Trainer):
         start_time = time.time()
         with _frozen_garbage_collector():
             stopped = self._begin_run(resume_from_checkpoint)
+            self.begin_rounds(resume_from_checkpoint)
             self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
             if self.args.eval_on_start:
                 self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
@@ -114,6 +129,7 @@ class RoundTrainer(Trainer):
                 self.run_round(round)
                 self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
                 self._evaluate_and_save(round, trial, ignore_keys_for_eval, start_time)
+                self.end_round(round)
                 if self.control.should_training_stop:
                     break
             output = self._finish_run(trial, start_time)
@@ -272,14 +288,6 @@ class RoundTrainer(Trainer):
 
     # ---- Saving and resuming ----
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """What `save_model` writes: base, adapter, tokenizer and arguments, loadable by plain `from_pretrained`."""
-        output_dir = str(self.args.output_dir if output_dir is None else output_dir)
-        save_full_model(self.adapted.model, output_dir)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
-        torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(str(self.args.output_dir))
         final = self._checkpoint_path()
@@ -288,10 +296,11 @@ class RoundTrainer(Trainer):
         if not self.args.should_save:
             return
         with ckpt.atomic_directory(final) as folder:
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            torch.save(without_token(self.args), folder / TRAINING_ARGS_NAME)
             self._save_rng_state(str(folder))
             self._collect_callback_states()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            write_origin(folder / ckpt.FOLDER, self.adapted, self.exactness)
             ckpt.save_round(folder, self.federation, self._fingerprint(), list(self.clients.datasets))
         ckpt.rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
 
@@ -312,10 +321,25 @@ class RoundTrainer(Trainer):
         single = {name: values[0] if len(values) == 1 else values for name, values in states.items()}
         self.state.stateful_callbacks = single  # type: ignore[assignment]  # annotated as the list it starts as
 
+    def find_round(self, where: str) -> str:
+        """The folder of a round: `where` itself, or what was downloaded of `user/run@revision`.
+
+        Raises:
+            ValueError: If optimizer states are to be kept: they stay with the clients and are never published.
+        """
+        path = find_round(where, self.args.hub_token)
+        if path != where and self.args.client_optimizer_state == "keep":
+            raise ValueError(
+                f"`{where}` has no optimizer states of clients: they are never published, so "
+                '`client_optimizer_state="keep"` cannot go on exactly. Resume from a local checkpoint, or set "reset".'
+            )
+        return path
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.federation = self._read_checkpoint(resume_from_checkpoint)
         self.adapted.write(self.federation.state)
         self.adapted.install(self.federation.ledger)
+        self.exactness = read_exactness(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best round from `{self.state.best_model_checkpoint}` ({self.state.best_metric}).")
@@ -338,16 +362,12 @@ class RoundTrainer(Trainer):
             )
         return self._cached_fingerprint
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not part of this version.
 
-        Raises:
-            NotImplementedError: Always: `Trainer`'s way would publish an adapter whose base is a local path.
-        """
-        raise NotImplementedError(
-            "`push_to_hub` is not part of this version. Call `save_model(dir)`, set `base_model_name_or_path` in "
-            "`adapter_config.json` to the repository's id, and upload the folder with `huggingface_hub`."
-        )
+def without_token(args: TrainingArguments) -> TrainingArguments:
+    """A copy that can be written to a file."""
+    args = copy.copy(args)
+    args.hub_token = None
+    return args
 
 
 def default_callback_types(args: TrainingArguments) -> set[type]:

@@ -18,7 +18,9 @@ from fedex_hf.base_model import AdaptedModel
 from fedex_hf.callbacks import ClientBridge
 from fedex_hf.client import ClientRunner, FitPlan
 from fedex_hf.evaluation import Exactness, measure_exactness
-from fedex_hf.round_trainer import RoundTrainer, default_callback_types
+from fedex_hf.hub_rounds import load_round_model
+from fedex_hf.publishing import PublishingTrainer
+from fedex_hf.round_trainer import default_callback_types
 from fedex_hf.training_args import FederatedTrainingArguments
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, payload_bytes
 from fedex_hf.validation import (
@@ -27,6 +29,7 @@ from fedex_hf.validation import (
     refuse_overrides,
     refuse_peft_config,
     refuse_prebuilt_optimizer,
+    refuse_revision,
     sampled_per_round,
 )
 
@@ -34,7 +37,7 @@ from fedex_hf.validation import (
 logger = logging.get_logger(__name__)
 
 
-class FederatedTrainer(RoundTrainer):
+class FederatedTrainer(PublishingTrainer):
     """Federated LoRA fine-tuning with exact aggregation, as a `Trainer`.
 
     Constructor words, `train`, `evaluate`, `predict`, `save_model`, callbacks and arguments are `Trainer`'s. One
@@ -42,7 +45,9 @@ class FederatedTrainer(RoundTrainer):
     measure, evaluate, save. See `docs/rooms.md`.
 
     Args:
-        model: A `PeftModel` with one active LoRA adapter, or a plain model together with `peft_config`.
+        model: A `PeftModel` with one active LoRA adapter, a plain model together with `peft_config`, or a run to
+            continue: its repository on the Hub (`"user/run"`), or a folder with one of its rounds. `train()` then
+            goes on after that round.
         args: [`FederatedTrainingArguments`].
         train_dataset: `{client_id: dataset}`, or one dataset that is partitioned by the arguments.
         peft_config: A `LoraConfig` for a model without LoRA.
@@ -53,6 +58,7 @@ class FederatedTrainer(RoundTrainer):
             `SFTConfig`, whose own fields are kept; all fields of `TrainingArguments` come from `args`.
         data_collator, eval_dataset, processing_class, compute_loss_func, compute_metrics, callbacks,
             optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `Trainer`.
+        revision: With a repository as `model`: the round's tag, such as `"round-3"`; the newest one if `None`.
         optimizers, model_init: Refused; see Raises.
 
     Raises:
@@ -66,7 +72,7 @@ class FederatedTrainer(RoundTrainer):
 
     def __init__(
         self,
-        model: nn.Module = None,  # type: ignore[assignment]  # `Trainer` has it first and optional; refused if missing
+        model: nn.Module | str = None,  # type: ignore[assignment]  # optional in `Trainer`; refused if missing
         args: FederatedTrainingArguments | None = None,
         data_collator: Any = None,
         train_dataset: Any = None,
@@ -83,12 +89,19 @@ class FederatedTrainer(RoundTrainer):
         aggregator: Aggregator | str | None = None,
         client_trainer_cls: type[Trainer] = Trainer,
         client_trainer_kwargs: Mapping[str, Any] | None = None,
+        revision: str | None = None,
     ) -> None:
         args = FederatedTrainingArguments(output_dir="tmp_trainer") if args is None else args
+        refuse_revision(model, revision)
         refuse_overrides(type(self), args, model, model_init, client_trainer_cls)
         refuse_prebuilt_optimizer(optimizers)
         refuse_federation_kwargs(client_trainer_kwargs or {})
         clients = client_datasets(train_dataset, args)
+        continued = None
+        if isinstance(model, str):
+            self.args = args
+            continued = self.find_round(model if revision is None else f"{model}@{revision}")
+            model = load_round_model(continued, args.hub_token)
         if peft_config is not None:
             refuse_peft_config(model, peft_config)
             set_seed(args.seed)
@@ -115,7 +128,10 @@ class FederatedTrainer(RoundTrainer):
         self.data_collator = self.clients.trainer.data_collator
         self.processing_class = self.clients.trainer.processing_class
         self.federation = ckpt.RoundState(round=0, state=self.adapted.read())
-        self.exactness: Exactness | None = None
+        self.exactness = None
+        if continued is not None:
+            self._load_from_checkpoint(continued)
+        self._continued = continued
         self._new_optimizer_states: dict[str, Mapping[str, Any]] = {}
 
     @classmethod
@@ -293,6 +309,7 @@ class FederatedTrainer(RoundTrainer):
             "round": self.federation.round,
             "train_loss": loss / sum(weights),
             "num_clients": len(updates),
+            "num_examples": sum(update.num_examples for update in updates),
             "aggregation_error": exactness.aggregation_error,
             "fedit_deviation": exactness.fedit_deviation,
             "bytes_up_per_client": payload_bytes(updates[0], factors),

@@ -17,6 +17,7 @@ _CHOICES = {
     "client_optimizer_state": ("reset", "keep"),
     "lr_schedule": ("round", "run"),
     "client_errors": ("raise", "skip"),
+    "hub_round_format": ("full", "lora", "merged"),
 }
 # Schedules that react to metrics.
 _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -34,6 +35,9 @@ class FederatedTrainingArguments(TrainingArguments):
       `"steps"` act at the end of the round in which the step falls: between rounds there is one model, within a round
       there is none. `save_strategy` defaults to `"epoch"`, so that a killed run can be resumed.
     - `warmup_steps` and `lr_scheduler_type` follow `lr_schedule`.
+    - `push_to_hub` publishes every round as one commit with the tag `round-N`, whatever `save_strategy` says;
+      `hub_strategy="end"` publishes the last one only. Rounds can be resumed from, so `"checkpoint"` and
+      `"all_checkpoints"` are the same as `"every_save"`, and none is ever skipped, so `hub_always_push` is moot.
 
     Args:
         > Rounds and clients
@@ -78,6 +82,15 @@ class FederatedTrainingArguments(TrainingArguments):
             optimizer had at the end of its last round.
         lr_schedule (`"round"` or `"run"`, *optional*, defaults to `"round"`):
             Run the whole learning-rate schedule in every round, as the paper's code does, or once over the run.
+
+        > Hub
+
+        hub_round_format (`"full"`, `"lora"` or `"merged"`, *optional*, defaults to `"full"`):
+            What a round's commit holds: residual-updated base and adapter; one plain LoRA on the original base; or one
+            plain model with everything folded in.
+        hub_retries (`int`, *optional*, defaults to 5):
+            Further attempts at publishing a round after one that failed for a reason that may pass, with waits of 1,
+            2, 4, ... seconds, or what the Hub asks for. Training does not wait for them.
 
     Raises:
         ValueError: If a value is out of its range, or two arguments contradict each other.
@@ -137,6 +150,14 @@ class FederatedTrainingArguments(TrainingArguments):
             "choices": _CHOICES["lr_schedule"],
         },
     )
+    hub_round_format: str = field(
+        default="full",
+        metadata={
+            "help": "What a round's commit holds: base and adapter, one LoRA on the original base, or one model.",
+            "choices": _CHOICES["hub_round_format"],
+        },
+    )
+    hub_retries: int = field(default=5, metadata={"help": "Further attempts at publishing a round, with back-off."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,7 +205,7 @@ class FederatedTrainingArguments(TrainingArguments):
 
 
 def _check_numbers(args: FederatedTrainingArguments) -> None:
-    for name, least in (("num_rounds", 1), ("num_clients", 1), ("min_clients", 1)):
+    for name, least in (("num_rounds", 1), ("num_clients", 1), ("min_clients", 1), ("hub_retries", 0)):
         value = getattr(args, name)
         if value is not None and (not isinstance(value, int) or value < least):
             raise ValueError(f"`{name}={value!r}` is not allowed. Allowed: an integer of at least {least}.")
@@ -206,7 +227,6 @@ def _check_numbers(args: FederatedTrainingArguments) -> None:
 
 def _check_unsupported(args: FederatedTrainingArguments) -> None:
     reasons = {
-        "push_to_hub": "pushing rounds is not part of this version; call `save_model` and upload the folder",
         "auto_find_batch_size": "a retry would restart a client's fit from a half-trained adapter",
         "deepspeed": "its engine owns the optimizer, which changes hands between clients here",
         "fsdp": "sharded base weights cannot take the residual yet",

@@ -39,7 +39,7 @@ _CLIENT_METHODS = (
 
 
 def refuse_overrides(
-    cls: type[Trainer], args: Any, model: nn.Module | None, model_init: Any, client_trainer_cls: Any
+    cls: type[Trainer], args: Any, model: nn.Module | str | None, model_init: Any, client_trainer_cls: Any
 ) -> None:
     """Refuse what `FederatedTrainer` would otherwise ignore.
 
@@ -61,15 +61,29 @@ def refuse_overrides(
             "`FederatedTrainer` needs `model`, and does not take `model_init`: all clients start from one model, "
             "whose adapter and base are exchanged. Build it first and pass it."
         )
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, (nn.Module, str)):
         raise TypeError(
-            f"`model={model!r}` is a `{type(model).__name__}`. Allowed: a model; load it with `from_pretrained` first."
+            f"`model={model!r}` is a `{type(model).__name__}`. Allowed: a model, or the repository of "
+            "a run to continue."
         )
     overridden = [name for name in _CLIENT_METHODS if getattr(cls, name) is not getattr(Trainer, name)]
     if overridden:
         raise ValueError(
             f"`{cls.__name__}` overrides `{'`, `'.join(overridden)}`, which clients run in `client_trainer_cls`. Move "
             "the override to a `Trainer` subclass and pass that as `client_trainer_cls`."
+        )
+
+
+def refuse_revision(model: Any, revision: str | None) -> None:
+    """Refuse a revision that would be ignored.
+
+    Raises:
+        ValueError: If `revision` comes with a model that is loaded already.
+    """
+    if revision is not None and not isinstance(model, str):
+        raise ValueError(
+            f"`revision={revision!r}` says which round of a run to continue, and `model` is a "
+            f"`{type(model).__name__}`. Pass the run's repository as `model`, or leave `revision` out."
         )
 
 

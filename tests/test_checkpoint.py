@@ -122,10 +122,14 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 def test_layout(finished):
     assert sorted(path.name for path in finished.iterdir()) == ["checkpoint-16", "checkpoint-8"]
     assert sorted(files_of(finished / "checkpoint-8")) == [
+        "federation/base.json",
         "federation/clients/0.pt",
         "federation/clients/1.pt",
         "federation/clients/2.pt",
+        "federation/exactness.json",
         "federation/ledger.safetensors",
+        "federation/lora_config.json",
+        "federation/model_config.json",
         "federation/state.json",
         "federation/state.safetensors",
         "rng_state.pth",

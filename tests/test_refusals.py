@@ -20,6 +20,7 @@ from fedex_hf import (
     FedExAggregator,
     UnsupportedModelError,
 )
+from fedex_hf.hub_rounds import UnloadableRoundError
 
 
 Make = Callable[[Path], Any]
@@ -186,8 +187,8 @@ MODELS: dict[str, tuple[Make, type[Exception], tuple[str, ...]]] = {
     ),
     "model is a name": (
         with_trainer(model="org/model"),
-        TypeError,
-        ("`model", "org/model", "from_pretrained"),
+        UnloadableRoundError,
+        ("org/model", "no run that can be continued", "from_pretrained"),
     ),
 }
 
@@ -502,7 +503,8 @@ ARGUMENTS: dict[str, tuple[Make, type[Exception], tuple[str, ...]]] = {
         ValueError,
         ("`lr_scheduler_type='reduce_lr_on_plateau'`", "function of the step"),
     ),
-    "push_to_hub": (with_args(push_to_hub=True), ValueError, ("`push_to_hub`", "not part of this version", "off")),
+    "format of rounds": (with_args(hub_round_format="gguf"), ValueError, ("`hub_round_format='gguf'`", "'merged'")),
+    "negative retries": (with_args(hub_retries=-1), ValueError, ("`hub_retries=-1`", "at least 0")),
     "auto_find_batch_size": (with_args(auto_find_batch_size=True), ValueError, ("`auto_find_batch_size`", "off")),
     "bf16_full_eval": (with_args(bf16_full_eval=True), ValueError, ("`bf16_full_eval`", "round away", "off")),
     "fp16_full_eval": (with_args(fp16_full_eval=True), ValueError, ("`fp16_full_eval`", "round away", "off")),
@@ -691,11 +693,6 @@ def test_adopting_a_trainer_that_has_trained(tmp_path, steps):
     steps.clear()
     make: Make = lambda out: FederatedTrainer.from_trainer(trainer, num_rounds=1).train()  # noqa: E731
     refused(make, tmp_path, ValueError, ("Optimizer", "state", "build a new one first"), steps)
-
-
-def test_push_to_hub_says_what_to_do(tmp_path):
-    with pytest.raises(NotImplementedError, match="save_model"):
-        tiny.federation(tmp_path).push_to_hub()
 
 
 # ---- An output folder that holds another run ----

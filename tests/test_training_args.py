@@ -31,6 +31,8 @@ OURS = {
     "dirichlet_alpha": None,
     "client_optimizer_state": "reset",
     "lr_schedule": "round",
+    "hub_round_format": "full",
+    "hub_retries": 5,
 }
 # Fields of `TrainingArguments` with another default here.
 CHANGED = {
@@ -53,6 +55,8 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "dirichlet_alpha": (["0.1"], 0.1),
     "client_optimizer_state": (["keep"], "keep"),
     "lr_schedule": (["run"], "run"),
+    "hub_round_format": (["lora"], "lora"),
+    "hub_retries": (["2"], 2),
 }
 COMMON = ["--output_dir", "out", "--use_cpu", "true", "--report_to", "none"]
 

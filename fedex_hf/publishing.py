@@ -1,0 +1,361 @@
+"""The run's way out: `save_model` in three formats, model cards, and rounds staged for the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from peft import LoraConfig
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
+
+from fedex_hf import checkpoint as ckpt
+from fedex_hf.hub import HubConflictError, RoundPublisher, RoundQueue, may_pass, tag_of
+from fedex_hf.hub_rounds import write_origin
+from fedex_hf.model_card import RunCard, non_default_arguments, versions, write_card
+from fedex_hf.round_trainer import RoundTrainer, without_token
+from fedex_hf.saving import BaseReference, SavedModel, check_format, save_model
+
+
+logger = logging.get_logger(__name__)
+
+# What people fine-tune with LoRA, the more particular class first: a model may stand under several.
+_AUTO_CLASSES = (
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForMultipleChoice",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForImageClassification",
+    "AutoModelForAudioClassification",
+)
+
+
+class PublishingTrainer(RoundTrainer):
+    """What `FederatedTrainer` does with its results: folders, cards and the Hub."""
+
+    publisher: RoundPublisher | None = None
+    _card_details: dict[str, Any] = {}
+
+    # ---- Folders ----
+
+    def save_model(  # type: ignore[override]  # further formats
+        self,
+        output_dir: str | None = None,
+        _internal_call: bool = False,
+        *,
+        format: str = "full",
+        dtype: str | torch.dtype | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> SavedModel:
+        """Write the model for plain `from_pretrained`, with tokenizer and card; nothing is sent to the Hub.
+
+        Args:
+            output_dir: Folder; `args.output_dir` if `None`.
+            format: `"full"` (base with residuals, and adapter), `"lora"` (one plain LoRA on the original base) or
+                `"merged"` (one plain model).
+            dtype: Cast what is written to `"bfloat16"` or `"float16"`; what that loses of the update is measured.
+            max_shard_size: As in `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: If the format or dtype is unknown, or `"lora"` has no base that can be named.
+        """
+        directory = Path(str(self.args.output_dir if output_dir is None else output_dir))
+        saved = save_model(
+            self.adapted, self.federation.ledger, directory, format, dtype=dtype, max_shard_size=max_shard_size
+        )
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(directory)
+        torch.save(without_token(self.args), directory / TRAINING_ARGS_NAME)
+        self._write_card(directory, saved)
+        return saved
+
+    def create_model_card(self, **kwargs: Any) -> None:  # type: ignore[override]  # the card writes itself
+        """Write `README.md` into `args.output_dir`; `language`, `license` and `dataset` go into its metadata."""
+        self._card_details = _card_details(kwargs)
+        directory = Path(str(self.args.output_dir))
+        directory.mkdir(parents=True, exist_ok=True)
+        self._write_card(directory, SavedModel("full", "float32", None))
+
+    def _write_card(self, directory: Path, saved: SavedModel, tag: str | None = None) -> None:
+        try:
+            write_card(self._card(saved, tag), directory)
+        except Exception as error:  # a page about the model is no reason to lose the model
+            logger.warning(f"The model card could not be written: {type(error).__name__}: {error}")
+
+    def _card(self, saved: SavedModel, tag: str | None) -> RunCard:
+        base = cast(PreTrainedModel, self.adapted.model.get_base_model())
+        reference = BaseReference.of(self.adapted.model)
+        clients = [self.clients.num_examples(client_id) for client_id in self.clients.datasets]
+        rounds: dict[Any, int] = {
+            int(entry["step"]): int(entry["round"]) for entry in self.state.log_history if "aggregation_error" in entry
+        }
+        return RunCard(
+            round=self.federation.round,
+            num_rounds=self.args.num_rounds,
+            round_format=saved.format,
+            method=self.aggregator.name,
+            paper=self.aggregator.paper,
+            is_exact=self.aggregator.is_exact,
+            log_history=self.state.log_history,
+            model_class=type(base).__name__,
+            auto_class=auto_class(base),
+            num_labels=base.config.num_labels if _has_labels(base) else None,
+            repo_id=self.publisher.repo_id if tag is not None and self.publisher is not None else None,
+            tag=tag,
+            base_model=reference.name,
+            base_revision=reference.revision,
+            lora=non_default_lora(cast(LoraConfig, self.adapted.model.peft_config[self.adapted.adapter])),
+            num_clients=len(clients),
+            client_examples=clients,
+            arguments=non_default_arguments(self.args),
+            versions=versions(),
+            best_round=rounds.get(self.state.best_global_step) if self.args.load_best_model_at_end else None,
+            best_metric_name=self.args.metric_for_best_model,
+            dtype=saved.dtype,
+            cast_survival=saved.cast_survival,
+            **self._card_details,
+        )
+
+    # ---- The Hub ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Set the publisher up and create the repository; a Hub that cannot be reached now may be there later.
+
+        Raises:
+            ValueError: If it cannot be reached and `hub_model_id` lacks the `user/` that only it could add.
+            HfHubHTTPError: If the Hub refuses (token, name, rights), before anything is trained.
+        """
+        if not self.is_world_process_zero():
+            return
+        check_format(self.args.hub_round_format, None, BaseReference.of(self.adapted.model))
+        output_dir = Path(str(self.args.output_dir))
+        publisher = RoundPublisher(
+            self.args.hub_model_id or output_dir.absolute().name,
+            RoundQueue(output_dir),
+            token=self.args.hub_token if token is None else token,
+            private=self.args.hub_private_repo if private is None else private,
+            branch=self.args.hub_revision,
+            retries=self.args.hub_retries,
+        )
+        self.push_in_progress = None
+        try:
+            publisher.prepare()
+        except Exception as error:
+            if not may_pass(error):
+                raise
+            if "/" not in publisher.repo_id:
+                raise ValueError(
+                    f"The Hub cannot be reached, so `hub_model_id={publisher.repo_id!r}` cannot be completed. Give "
+                    "the whole id, `user/name`; rounds then wait on the disk until the Hub is back."
+                ) from None
+            logger.warning(f"The Hub cannot be reached now: {publisher.scrubbed(error)} Rounds will wait on the disk.")
+        self.publisher = publisher
+        self.hub_model_id = publisher.repo_id  # type: ignore[assignment]  # annotated by its start, `None`
+
+    def begin_rounds(self, resume_from_checkpoint: str | None) -> None:
+        """Refuse to mix two runs; stage the round that a killed process had saved and not yet staged."""
+        if self.publisher is None:
+            return
+        waiting = [staged.round for staged in self.publisher.queue.waiting()]
+        if resume_from_checkpoint is None and waiting:
+            raise ValueError(
+                f"`{self.publisher.queue.directory}` holds the rounds {waiting} of another run, not yet published. "
+                "Publish them with `fedex-hf push`, delete the folder, or choose another `output_dir`."
+            )
+        published = self._published()
+        if resume_from_checkpoint is None and published:
+            raise HubConflictError(
+                f"`{self.publisher.repo_id}` already has the rounds {published} of another run. Choose another "
+                "`hub_model_id`, or continue that run with `resume_from_checkpoint`."
+            )
+        round = self.federation.round
+        if round and round not in waiting and round not in (published or []) and self._publishes(round):
+            self._stage_present()
+        if waiting or round:
+            self.publisher.submit()
+
+    def end_round(self, round: int) -> None:
+        """Stage the round and have it published in the background; training goes on whatever happens to it."""
+        if self.publisher is None or not self._publishes(round):
+            return
+        self._stage_present()
+        self.publisher.submit()
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Complete what is missing on the Hub, in order: rounds that wait, rounds in checkpoints, the present one.
+
+        Args:
+            commit_message: Ignored: a round's commit is named after it.
+            blocking: Return when all is published; otherwise publish in the background.
+            token, revision, private: As in `Trainer.push_to_hub`, for a run without `push_to_hub=True`.
+            kwargs: Metadata for the cards of rounds that are staged now: `language`, `license`, `dataset`.
+
+        Returns:
+            The `CommitInfo` of the last commit made by this run, or `None` if there was none.
+
+        Raises:
+            UnpublishedRoundsError: If a round cannot be published; with what went before, nothing is lost.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._card_details = self._card_details | _card_details(kwargs)
+        if revision is not None and self.publisher is None:
+            self.args.hub_revision = revision
+        if self.publisher is None or token is not None:
+            self.init_hf_repo(token=token, private=private)
+        publisher = cast(RoundPublisher, self.publisher)
+        self._stage_missing()
+        if not blocking:
+            publisher.submit()
+            return None
+        waiting = publisher.queue.waiting()
+        with tqdm(total=len(waiting), desc="Publishing rounds", unit="round", disable=not waiting) as bar:
+            publisher.publish(on_round=lambda staged: bar.update())
+        return publisher.last_commit
+
+    def _finish_current_push(self) -> None:
+        """At the end of training: wait for the background, and say what is left."""
+        if self.publisher is None:
+            return
+        if not self.publisher.is_done():
+            total = len(self.publisher.queue.waiting())
+            with tqdm(total=total, desc="Publishing rounds", unit="round", disable=self.args.disable_tqdm) as bar:
+                while not self.publisher.is_done():
+                    self.publisher.join(0.2)
+                    bar.update(total - len(self.publisher.queue.waiting()) - bar.n)
+        left = [staged.round for staged in self.publisher.queue.waiting()]
+        if left:
+            logger.warning(
+                f"Rounds {left} are not on the Hub yet; they wait in `{self.publisher.queue.directory}`. Call "
+                "`trainer.push_to_hub()` or `fedex-hf push` when it can be reached."
+            )
+
+    def _publishes(self, round: int) -> bool:
+        ends = round == self.args.num_rounds or self.control.should_training_stop
+        return ends or self.args.hub_strategy != HubStrategy.END
+
+    def _published(self) -> list[int] | None:
+        """Rounds that are on the Hub, or `None` where it does not say."""
+        publisher = cast(RoundPublisher, self.publisher)
+        try:
+            return publisher.published()
+        except Exception as error:
+            logger.warning(f"The Hub did not list its rounds: {publisher.scrubbed(error)}")
+            return None
+
+    def _stage_missing(self) -> None:
+        """Stage rounds that are in a checkpoint, or in the model, and neither wait nor are published."""
+        published = self._published() or []
+        known = {*published, *(staged.round for staged in cast(RoundPublisher, self.publisher).queue.waiting())}
+        newest, now = max(published, default=0), self.federation.round
+        for path in ckpt.checkpoints_in(str(self.args.output_dir)) if self.args.push_to_hub else []:
+            round = ckpt.read_meta(path)["round"]
+            if round > newest and round not in {*known, now} and self._publishes(round):
+                self._stage_checkpoint(path)
+        if now > newest and now not in known:
+            self._stage_present()
+
+    def _stage_checkpoint(self, path: Path) -> None:
+        """Stage an earlier round: install it, write it, and go back."""
+        federation, state, exactness = self.federation, self.state, self.exactness
+        try:
+            self._load_from_checkpoint(str(path))
+            self.state = type(state).load_from_json(str(path / TRAINER_STATE_NAME))
+            self._stage()
+        finally:
+            self.federation, self.state, self.exactness = federation, state, exactness
+            self.adapted.write(federation.state)
+            self.adapted.install(federation.ledger)
+
+    def _stage_present(self) -> None:
+        self._collect_callback_states()
+        self._stage()
+
+    def _stage(self) -> None:
+        """Write the round's commit to the disk; a failure is told and does not stop training."""
+        publisher = cast(RoundPublisher, self.publisher)
+        round = self.federation.round
+        try:
+            publisher.queue.target = {"repo_id": publisher.repo_id, "branch": publisher.branch}
+            with publisher.queue.stage(round) as folder:
+                self._write_round(folder, publisher.repo_id)
+        except Exception as error:
+            logger.warning(
+                f"Round {round} could not be staged for the Hub: {publisher.scrubbed(error)} `trainer.push_to_hub()` "
+                "tries again, from its checkpoint if there is one."
+            )
+
+    def _write_round(self, folder: Path, repo_id: str) -> None:
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        # Optimizer states belong to the clients and stay with them.
+        federation = replace(self.federation, optimizer_states={})
+        write_origin(folder / ckpt.FOLDER, self.adapted, self.exactness)
+        ckpt.save_round(folder, federation, self._fingerprint(), list(self.clients.datasets))
+        tag = tag_of(self.federation.round)
+        saved = save_model(
+            self.adapted,
+            self.federation.ledger,
+            folder,
+            self.args.hub_round_format,
+            repo_id=repo_id,
+            revision=tag,
+        )
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        self._write_card(folder, saved, tag)
+
+
+def auto_class(base: PreTrainedModel) -> str:
+    """Name of the `AutoModelFor*` that loads a model, such as `"AutoModelForCausalLM"`.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> auto_class(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8)))
+        'AutoModelForCausalLM'
+    """
+    name, model_type = type(base).__name__, base.config.model_type
+    for each in _AUTO_CLASSES:
+        names = getattr(transformers, each)._model_mapping._model_mapping.get(model_type, ())
+        if name in ((names,) if isinstance(names, str) else names):
+            return each
+    return "AutoModel"
+
+
+def non_default_lora(config: LoraConfig) -> dict[str, Any]:
+    """The fields of a LoRA configuration that a reader wants to know."""
+    default = LoraConfig()
+    hidden = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
+    fields: dict[str, Any] = {"r": config.r, "lora_alpha": config.lora_alpha}
+    for name, value in config.to_dict().items():
+        if name not in hidden and value != getattr(default, name, None) and value not in (None, {}, []):
+            fields[name] = sorted(value) if isinstance(value, set) else value
+    return fields
+
+
+def _has_labels(base: PreTrainedModel) -> bool:
+    return "Classification" in type(base).__name__
+
+
+def _card_details(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `Trainer.create_model_card` that our card knows."""
+    details = {name: kwargs[name] for name in ("language", "license") if kwargs.get(name)}
+    datasets = kwargs.get("dataset_tags") or kwargs.get("dataset")
+    if datasets:
+        details["datasets"] = [datasets] if isinstance(datasets, str) else list(datasets)
+    return details
