@@ -206,12 +206,20 @@ def discard(directory: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
-    """Delete the oldest checkpoints down to `limit`, never the newest and never `keep`, the best one."""
+def rotate(output_dir: Path, limit: int | None, keep: str | None, keep_newest: bool = True) -> None:
+    """Delete the oldest checkpoints down to `limit`.
+
+    Args:
+        output_dir: The run's folder.
+        limit: Number of checkpoints to keep; `None` or 0 keeps all.
+        keep: The best one's path, never deleted.
+        keep_newest: Whether the newest is never deleted either, so that `limit + 1` may stay.
+    """
     if limit is None or limit <= 0:
         return
     checkpoints = checkpoints_in(output_dir)
-    surplus = [path for path in checkpoints[:-1] if keep is None or path != Path(keep)]
+    candidates = checkpoints[:-1] if keep_newest else checkpoints
+    surplus = [path for path in candidates if keep is None or path != Path(keep)]
     for path in surplus[: max(len(checkpoints) - limit, 0)]:
         discard(path)
 

@@ -208,9 +208,12 @@ def _plots_for(rounds: Sequence[RoundLog], method: str) -> list[tuple[str, str, 
 
 
 def _draw_exactness(figure: Figure, rounds: Sequence[RoundLog]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure.set_size_inches(7, 4.2)
     axis = figure.subplots()
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(lambda value, position: f"{value:.0e}")  # as in the table; formulas are slow to set
     lines = (
         ("aggregation_error", "aggregation error: the weights as installed", "-", 5),
         ("fedit_deviation", "FedIT deviation: had A and B been averaged apart", "--", 8),
@@ -229,6 +232,8 @@ def _draw_exactness(figure: Figure, rounds: Sequence[RoundLog]) -> None:
     low, high = (min(positive), max(positive)) if positive else (1e-8, 1.0)
     bottom, top = math.floor(math.log10(low) - 0.1), math.ceil(math.log10(high) + 0.1)
     axis.set_ylim(10.0**bottom, 10.0**top)
+    axis.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)) if top - bottom <= 2 else NullLocator())
+    axis.yaxis.set_minor_formatter(axis.yaxis.get_major_formatter())
     axis.set(title="Error of the aggregation", ylabel="relative to the round's weight change\n(no unit, log scale)")
     _finish(axis, rounds)
 

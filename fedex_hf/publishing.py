@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
-from peft import LoraConfig
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
@@ -18,25 +15,15 @@ from transformers.utils import logging
 from fedex_hf import checkpoint as ckpt
 from fedex_hf.hub import HubConflictError, RoundPublisher, RoundQueue, may_pass, tag_of
 from fedex_hf.hub_rounds import write_origin
-from fedex_hf.model_card import RunCard, non_default_arguments, versions, write_card
-from fedex_hf.round_trainer import RoundTrainer, without_token
+from fedex_hf.model_card import write_card
+from fedex_hf.model_facts import model_facts
+from fedex_hf.round_trainer import RoundTrainer
+from fedex_hf.run_card import RunCard, non_default_arguments, versions
 from fedex_hf.saving import BaseReference, SavedModel, check_format, save_model
+from fedex_hf.trainer_utils import without_token
 
 
 logger = logging.get_logger(__name__)
-
-# What people fine-tune with LoRA, the more particular class first: a model may stand under several.
-_AUTO_CLASSES = (
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForMultipleChoice",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForCausalLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForImageClassification",
-    "AutoModelForAudioClassification",
-)
 
 
 class PublishingTrainer(RoundTrainer):
@@ -92,8 +79,6 @@ class PublishingTrainer(RoundTrainer):
             logger.warning(f"The model card could not be written: {type(error).__name__}: {error}")
 
     def _card(self, saved: SavedModel, tag: str | None) -> RunCard:
-        base = cast(PreTrainedModel, self.adapted.model.get_base_model())
-        reference = BaseReference.of(self.adapted.model)
         clients = [self.clients.num_examples(client_id) for client_id in self.clients.datasets]
         rounds: dict[Any, int] = {
             int(entry["step"]): int(entry["round"]) for entry in self.state.log_history if "aggregation_error" in entry
@@ -101,27 +86,20 @@ class PublishingTrainer(RoundTrainer):
         return RunCard(
             round=self.federation.round,
             num_rounds=self.args.num_rounds,
-            round_format=saved.format,
             method=self.aggregator.name,
             paper=self.aggregator.paper,
             is_exact=self.aggregator.is_exact,
             log_history=self.state.log_history,
-            model_class=type(base).__name__,
-            auto_class=auto_class(base),
-            num_labels=base.config.num_labels if _has_labels(base) else None,
             repo_id=self.publisher.repo_id if tag is not None and self.publisher is not None else None,
             tag=tag,
-            base_model=reference.name,
-            base_revision=reference.revision,
-            lora=non_default_lora(cast(LoraConfig, self.adapted.model.peft_config[self.adapted.adapter])),
             num_clients=len(clients),
             client_examples=clients,
+            private_names=list(self.clients.datasets),
             arguments=non_default_arguments(self.args),
             versions=versions(),
             best_round=rounds.get(self.state.best_global_step) if self.args.load_best_model_at_end else None,
             best_metric_name=self.args.metric_for_best_model,
-            dtype=saved.dtype,
-            cast_survival=saved.cast_survival,
+            **model_facts(self.adapted, saved),
             **self._card_details,
         )
 
@@ -315,41 +293,11 @@ class PublishingTrainer(RoundTrainer):
             self.args.hub_round_format,
             repo_id=repo_id,
             revision=tag,
+            max_shard_size=self.args.hub_max_shard_size,
         )
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         self._write_card(folder, saved, tag)
-
-
-def auto_class(base: PreTrainedModel) -> str:
-    """Name of the `AutoModelFor*` that loads a model, such as `"AutoModelForCausalLM"`.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> auto_class(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8)))
-        'AutoModelForCausalLM'
-    """
-    name, model_type = type(base).__name__, base.config.model_type
-    for each in _AUTO_CLASSES:
-        names = getattr(transformers, each)._model_mapping._model_mapping.get(model_type, ())
-        if name in ((names,) if isinstance(names, str) else names):
-            return each
-    return "AutoModel"
-
-
-def non_default_lora(config: LoraConfig) -> dict[str, Any]:
-    """The fields of a LoRA configuration that a reader wants to know."""
-    default = LoraConfig()
-    hidden = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
-    fields: dict[str, Any] = {"r": config.r, "lora_alpha": config.lora_alpha}
-    for name, value in config.to_dict().items():
-        if name not in hidden and value != getattr(default, name, None) and value not in (None, {}, []):
-            fields[name] = sorted(value) if isinstance(value, set) else value
-    return fields
-
-
-def _has_labels(base: PreTrainedModel) -> bool:
-    return "Classification" in type(base).__name__
 
 
 def _card_details(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import gc
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer import DEFAULT_CALLBACKS, DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, TrainOutput
 from transformers.utils import logging
@@ -26,6 +22,7 @@ from fedex_hf.callbacks import FederatedCallback
 from fedex_hf.client import ClientRunner
 from fedex_hf.evaluation import Exactness
 from fedex_hf.hub_rounds import find_round, read_exactness, write_origin
+from fedex_hf.trainer_utils import frozen_garbage_collector, was_stopped_early, without_token
 from fedex_hf.training_args import FederatedTrainingArguments
 
 
@@ -116,7 +113,7 @@ class RoundTrainer(Trainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         start_time = time.time()
-        with _frozen_garbage_collector():
+        with frozen_garbage_collector():
             stopped = self._begin_run(resume_from_checkpoint)
             self.begin_rounds(resume_from_checkpoint)
             self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
@@ -148,7 +145,7 @@ class RoundTrainer(Trainer):
         max_steps = sum(self._steps_of_round.values())
         self._init_training_state(max_steps, max_steps, self.args.num_rounds, resume_from_checkpoint, None)
         self._find_best_checkpoint()
-        stopped = resume_from_checkpoint is not None and _was_stopped_early(Path(resume_from_checkpoint))
+        stopped = resume_from_checkpoint is not None and was_stopped_early(Path(resume_from_checkpoint))
         self._load_rng_state(resume_from_checkpoint)
         self._tr_loss = torch.tensor(0.0, device=self.args.device)
         self._total_loss_scalar = 0.0
@@ -193,10 +190,9 @@ class RoundTrainer(Trainer):
             output = self._finalize_training(trial, self._num_train_samples(), start_time)
         finally:
             self.args.save_total_limit = limit
-        if limit == 1 and self.args.should_save and self.state.best_model_checkpoint is not None:
-            for path in ckpt.checkpoints_in(str(self.args.output_dir)):
-                if path != Path(self.state.best_model_checkpoint):
-                    ckpt.discard(path)
+        best = self.state.best_model_checkpoint
+        if limit == 1 and self.args.should_save and best is not None:
+            ckpt.rotate(Path(str(self.args.output_dir)), limit, keep=best, keep_newest=False)
         return output
 
     def _num_train_samples(self) -> float:
@@ -361,34 +357,3 @@ class RoundTrainer(Trainer):
                 data_seed=self.args.data_seed,
             )
         return self._cached_fingerprint
-
-
-def without_token(args: TrainingArguments) -> TrainingArguments:
-    """A copy that can be written to a file."""
-    args = copy.copy(args)
-    args.hub_token = None
-    return args
-
-
-def default_callback_types(args: TrainingArguments) -> set[type]:
-    """Types of the callbacks that every `Trainer` with these arguments gets by itself."""
-    given = [*DEFAULT_CALLBACKS, *get_reporting_integration_callbacks(args.report_to)]
-    return {*given, DEFAULT_PROGRESS_CALLBACK, ProgressCallback, PrinterCallback}
-
-
-@contextmanager
-def _frozen_garbage_collector() -> Iterator[None]:
-    """Every `Trainer.train()` begins with a full collection, 0.2 s over torch's own objects; exempt what lives now."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-def _was_stopped_early(checkpoint: Path) -> bool:
-    """Whether a callback had stopped the run by this checkpoint, as opposed to its last step being reached."""
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    control = state["stateful_callbacks"].get("TrainerControl", {}).get("args", {})
-    return bool(control.get("should_training_stop")) and state["global_step"] < state["max_steps"]

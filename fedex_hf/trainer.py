@@ -20,7 +20,7 @@ from fedex_hf.client import ClientRunner, FitPlan
 from fedex_hf.evaluation import Exactness, measure_exactness
 from fedex_hf.hub_rounds import load_round_model
 from fedex_hf.publishing import PublishingTrainer
-from fedex_hf.round_trainer import default_callback_types
+from fedex_hf.trainer_utils import default_callback_types
 from fedex_hf.training_args import FederatedTrainingArguments
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, payload_bytes
 from fedex_hf.validation import (

@@ -91,6 +91,8 @@ class FederatedTrainingArguments(TrainingArguments):
         hub_retries (`int`, *optional*, defaults to 5):
             Further attempts at publishing a round after one that failed for a reason that may pass, with waits of 1,
             2, 4, ... seconds, or what the Hub asks for. Training does not wait for them.
+        hub_max_shard_size (`str`, *optional*):
+            Largest weight file in a commit, such as `"5GB"`; as `max_shard_size` of `save_pretrained` if not given.
 
     Raises:
         ValueError: If a value is out of its range, or two arguments contradict each other.
@@ -158,6 +160,9 @@ class FederatedTrainingArguments(TrainingArguments):
         },
     )
     hub_retries: int = field(default=5, metadata={"help": "Further attempts at publishing a round, with back-off."})
+    hub_max_shard_size: str | None = field(
+        default=None, metadata={"help": 'Largest weight file in a commit, such as "5GB".'}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

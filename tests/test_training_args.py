@@ -33,6 +33,7 @@ OURS = {
     "lr_schedule": "round",
     "hub_round_format": "full",
     "hub_retries": 5,
+    "hub_max_shard_size": None,
 }
 # Fields of `TrainingArguments` with another default here.
 CHANGED = {
@@ -57,6 +58,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "lr_schedule": (["run"], "run"),
     "hub_round_format": (["lora"], "lora"),
     "hub_retries": (["2"], 2),
+    "hub_max_shard_size": (["5GB"], "5GB"),
 }
 COMMON = ["--output_dir", "out", "--use_cpu", "true", "--report_to", "none"]
 
