@@ -1,4 +1,4 @@
-"""What the benchmarks share: models and data made on the spot, and the report."""
+"""What the benchmarks share: models and data made on the spot, quiet runs on them, and the report."""
 
 from __future__ import annotations
 
@@ -7,16 +7,25 @@ import os
 import platform
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import HfArgumentParser, RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    HfArgumentParser,
+    PrinterCallback,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.utils import logging
 
 
 T = TypeVar("T")
@@ -71,6 +80,34 @@ def build_data(size: Size, num_examples: int) -> Dataset:
     return Dataset.from_dict({"input_ids": tokens.tolist(), "labels": (tokens[:, 0] % 2).tolist()})
 
 
+def training_arguments(cls: type[TrainingArguments], size: Size, output_dir: str, **kwargs: Any) -> Any:
+    """Arguments of a run on the CPU that neither logs nor saves.
+
+    Args:
+        cls: What to make, `TrainingArguments` or a subclass.
+        size: Whose batches to take.
+        output_dir: As in `TrainingArguments`.
+        kwargs: Further arguments.
+    """
+    return cls(
+        output_dir=output_dir,
+        per_device_train_batch_size=size.batch,
+        learning_rate=1e-3,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        **kwargs,
+    )
+
+
+def train(trainer: Trainer) -> int:
+    """Train without printing; returns the number of optimizer steps."""
+    trainer.remove_callback(PrinterCallback)
+    return trainer.train().global_step
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
 
@@ -84,6 +121,21 @@ def parse_arguments(cls: type[T], description: str | None) -> T:
     """
     parser = HfArgumentParser(cls, description=description, formatter_class=_Formatter)
     return parser.parse_args_into_dataclasses()[0]
+
+
+def start(cls: type[T], description: str | None) -> T:
+    """Read the arguments, silence the libraries and set torch's threads: what every benchmark begins with.
+
+    Args:
+        cls: The dataclass of arguments; its `threads` are torch's, whose own choice stays if `None`.
+        description: What `--help` says first, line breaks kept.
+    """
+    args = parse_arguments(cls, description)
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks for it
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return args
 
 
 def describe_model(name: str, rank: int = 4) -> str:

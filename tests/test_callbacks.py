@@ -1,6 +1,5 @@
 """Ordinary callbacks see a `Trainer` whose epoch is a round; federated ones see the rounds too."""
 
-import gc
 import inspect
 
 import pytest
@@ -10,6 +9,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from fedex_hf import ClientUpdate, FederatedCallback, FederatedTrainer, FederatedTrainingArguments, GlobalUpdate
 
+
+pytestmark = pytest.mark.usefixtures("no_full_collections")
 
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 FEDERATED = ["on_round_begin", "on_client_end", "on_aggregate", "on_round_end"]
@@ -24,12 +25,6 @@ SETTINGS = {
     "disable_tqdm": True,
     "seed": 7,
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_full_collections(monkeypatch):
-    """`Trainer.train()` begins with one, which takes 0.2 s over torch's own objects."""
-    monkeypatch.setattr(gc, "collect", lambda *args: 0)
 
 
 def recorder(base):

@@ -1,7 +1,6 @@
 """Room 2: a local fit is the plain `Trainer`, and depends on its client, its round and the global state only."""
 
 import copy
-import gc
 import itertools
 import math
 import random
@@ -28,24 +27,9 @@ from fedex_hf import FederatedCallback, FederatedTrainer, FederatedTrainingArgum
 from fedex_hf.client import client_seed
 
 
-PLAIN = {
-    "learning_rate": 1e-2,
-    "num_train_epochs": 1,
-    "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 8,
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "seed": 7,
-}
-BATCH = PLAIN["per_device_train_batch_size"]
+pytestmark = pytest.mark.usefixtures("no_full_collections")
 
-
-@pytest.fixture(autouse=True)
-def _no_full_collections(monkeypatch):
-    """`Trainer.train()` begins with one, which takes 0.2 s over torch's own objects."""
-    monkeypatch.setattr(gc, "collect", lambda *args: 0)
+BATCH = tiny.PLAIN["per_device_train_batch_size"]
 
 
 # ---- What the tests record ----
@@ -93,7 +77,7 @@ def rows_of(dataset):
 
 
 def federated(output_dir, clients, *, model=None, callbacks=None, trainer_kwargs=None, **kwargs):
-    settings = PLAIN | {"num_rounds": 1} | kwargs
+    settings = tiny.PLAIN | {"num_rounds": 1} | kwargs
     return FederatedTrainer(
         model=tiny.peft_roberta() if model is None else model,
         args=FederatedTrainingArguments(output_dir=str(output_dir), **settings),
@@ -122,7 +106,7 @@ def plain(output_dir, dataset, *, trainer_cls=Trainer, trainer_kwargs=None, **kw
     """The plain `Trainer` with the same arguments on the same model."""
     trainer = trainer_cls(
         model=tiny.peft_roberta(),
-        args=TrainingArguments(output_dir=str(output_dir), **(PLAIN | kwargs)),
+        args=TrainingArguments(output_dir=str(output_dir), **(tiny.PLAIN | kwargs)),
         train_dataset=dataset,
         **(trainer_kwargs or {}),
     )
@@ -248,7 +232,7 @@ def independent_run(output_dir, *, order=None, rounds=2, trainer_kwargs=None, **
     updates = Updates()
     trainer = Ordered(
         model=tiny.peft_roberta(),
-        args=FederatedTrainingArguments(output_dir=str(output_dir), **(PLAIN | {"num_rounds": rounds} | kwargs)),
+        args=FederatedTrainingArguments(output_dir=str(output_dir), **(tiny.PLAIN | {"num_rounds": rounds} | kwargs)),
         train_dataset=tiny.clients_of([12, 7, 9]),
         callbacks=[updates],
         **(trainer_kwargs or {}),
@@ -590,7 +574,7 @@ def test_a_fit_that_fails_leaves_the_kept_state_of_the_last_good_round(tmp_path)
         model=tiny.peft_roberta(),
         args=FederatedTrainingArguments(
             output_dir=str(tmp_path),
-            **(PLAIN | {"num_rounds": 3, "client_optimizer_state": "keep", "client_errors": "skip"}),
+            **(tiny.PLAIN | {"num_rounds": 3, "client_optimizer_state": "keep", "client_errors": "skip"}),
         ),
         train_dataset=tiny.clients_of([7, 12]),
         callbacks=[moments],
@@ -614,7 +598,7 @@ class Rates(TrainerCallback):
 
 
 def plain_rates(name, total, warmup, **kwargs):
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=PLAIN["learning_rate"])
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=tiny.PLAIN["learning_rate"])
     warmup = math.ceil(total * warmup) if warmup < 1 else warmup
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total, **kwargs)
     rates = []

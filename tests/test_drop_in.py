@@ -1,6 +1,5 @@
 """`FederatedTrainer` around the `Trainer` classes people use: their own, `Seq2SeqTrainer`, TRL's `SFTTrainer`."""
 
-import gc
 import inspect
 import random
 from dataclasses import dataclass
@@ -30,26 +29,15 @@ from trl import SFTConfig, SFTTrainer
 from fedex_hf import FederatedTrainer, FederatedTrainingArguments
 
 
-PLAIN = {
-    "learning_rate": 1e-2,
-    "num_train_epochs": 1,
-    "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 8,
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "seed": 7,
-}
+pytestmark = pytest.mark.usefixtures("no_full_collections")
+
 # What `SFTConfig` would set otherwise: half precision and recomputation, which a CPU need not have.
-SFT = PLAIN | {"bf16": False, "gradient_checkpointing": False}
+SFT = tiny.PLAIN | {"bf16": False, "gradient_checkpointing": False}
 MAX_LENGTH = 8
 
 
 @pytest.fixture(autouse=True)
-def _quick_and_quiet(monkeypatch):
-    """`Trainer.train()` begins with a full collection, which takes 0.2 s over torch's own objects."""
-    monkeypatch.setattr(gc, "collect", lambda *args: 0)
+def _quiet():
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
@@ -99,7 +87,7 @@ def steps_of(trainer):
 
 
 def federated_args(output_dir, **kwargs):
-    return FederatedTrainingArguments(output_dir=str(output_dir), **(PLAIN | {"num_rounds": 1} | kwargs))
+    return FederatedTrainingArguments(output_dir=str(output_dir), **(tiny.PLAIN | {"num_rounds": 1} | kwargs))
 
 
 class TrainedOn(TrainerCallback):
@@ -144,7 +132,7 @@ def test_seq2seq_trainer_is_itself_in_one_round(tmp_path):
     data, generated = tiny.language_data(14), Generated()
     plain = Seq2SeqTrainer(
         model=peft_t5(),
-        args=seq2seq_args(tmp_path / "plain", **PLAIN),
+        args=seq2seq_args(tmp_path / "plain", **tiny.PLAIN),
         train_dataset=data,
         eval_dataset=tiny.language_data(6, seed=1),
         compute_metrics=generated,
@@ -370,7 +358,7 @@ def test_a_users_own_trainer(tmp_path):
     plain = Distilled(
         temperature=3.0,
         model=tiny.peft_roberta(),
-        args=TrainingArguments(output_dir=str(tmp_path / "plain"), **PLAIN),
+        args=TrainingArguments(output_dir=str(tmp_path / "plain"), **tiny.PLAIN),
         train_dataset=data,
         eval_dataset=tiny.classification_data(6, seed=1),
     )
@@ -445,7 +433,7 @@ class Marker(TrainerCallback):
 
 
 def configured_trainer(tmp_path, cls=Trainer, data=None, report_to="none", **kwargs):
-    settings = PLAIN | {
+    settings = tiny.PLAIN | {
         "report_to": report_to,
         "learning_rate": 5e-3,
         "seed": 3,
@@ -498,7 +486,7 @@ def test_from_trainer_with_one_client_and_one_round_is_the_trainer(tmp_path):
 
 
 def test_from_trainer_adds_lora_to_a_plain_model(tmp_path):
-    args = TrainingArguments(output_dir=str(tmp_path), **PLAIN)
+    args = TrainingArguments(output_dir=str(tmp_path), **tiny.PLAIN)
     plain = Trainer(model=tiny.roberta(), args=args, train_dataset=tiny.classification_data(14))
     trainer = FederatedTrainer.from_trainer(plain, num_rounds=2, peft_config=tiny.lora())
     assert trainer.train().metrics["max_aggregation_error"] <= 1e-5
@@ -556,7 +544,7 @@ def test_from_trainer_adopts_a_seq2seq_trainer(tmp_path):
     generated = Generated()
     plain = Seq2SeqTrainer(
         model=peft_t5(),
-        args=seq2seq_args(tmp_path, **PLAIN),
+        args=seq2seq_args(tmp_path, **tiny.PLAIN),
         train_dataset=tiny.language_data(8),
         eval_dataset=tiny.language_data(6, seed=1),
         compute_metrics=generated,

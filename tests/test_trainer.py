@@ -1,6 +1,5 @@
 """`FederatedTrainer` as a `Trainer`: rounds, clients, evaluation, logs, checkpoints and what it saves."""
 
-import gc
 import inspect
 import logging
 import math
@@ -38,15 +37,11 @@ from fedex_hf import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("no_full_collections")
+
 SIZES = (12, 7, 9)  # three, two and three steps of four examples
 STEPS = 8
 HEAD = "base_model.model.classifier.modules_to_save.default.out_proj.weight"
-
-
-@pytest.fixture(autouse=True)
-def _no_full_collections(monkeypatch):
-    """`Trainer.train()` begins with one, which takes 0.2 s over torch's own objects."""
-    monkeypatch.setattr(gc, "collect", lambda *args: 0)
 
 
 class Rounds(FederatedCallback):

@@ -24,6 +24,18 @@ from fedex_hf import FederatedTrainer, FederatedTrainingArguments
 
 
 VOCAB, LENGTH, LABELS = 64, 10, 3
+# Arguments that a plain `Trainer` and a federation take alike: one epoch, every step logged.
+PLAIN = {
+    "learning_rate": 1e-2,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 8,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 7,
+}
 
 
 def roberta(seed: int = 0) -> PreTrainedModel:
