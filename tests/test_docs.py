@@ -25,6 +25,8 @@ import setuptools
 import torch
 import yaml
 from datasets import Dataset
+from hub import run_python as run_child
+from hub import running_hub
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -39,6 +41,7 @@ PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *DOC
 FENCE = re.compile(r"^(\s*)(```+|~~~+)(.*)$")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+HUB_PAGES = {"docs/howto/hub.md", "docs/howto/command-line.md"}  # run against the Hub of the tests
 ROUNDING = 1e-5  # below it a number is a rounding error, which another machine makes differently
 
 
@@ -144,6 +147,9 @@ def check_commands(program: Program, block: Block) -> None:
         if not words:
             continue
         name = " ".join(words[:2]) if words[0] in ("pip", "mkdocs") else words[0]
+        if name == "fedex-hf":
+            run_command_line(program, words, block.place)
+            continue
         assert name in COMMANDS, f"{block.place}: no check for the command `{line}`"
         COMMANDS[name](words, block.place)
 
@@ -158,6 +164,15 @@ RUNNERS: dict[str, Callable[[Program, Block], None]] = {
 
 
 # ---- Commands of `bash` blocks ----
+
+
+def run_command_line(program: Program, words: list[str], place: str) -> None:
+    """`fedex-hf` is run for real, in the page's folder."""
+    command = [sys.executable, "-m", "fedex_hf.cli", *words[1:]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    done = subprocess.run(command, cwd=program.folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{place}: {done.stdout}{done.stderr}"
+    program.printed = done.stdout
 
 
 def check_make(words: list[str], place: str) -> None:
@@ -301,17 +316,31 @@ def _own_registry():
     AGGREGATORS.update(before)
 
 
-@pytest.mark.usefixtures("_own_registry")
-@pytest.mark.parametrize("page", PAGES)
-def test_every_block_runs(page, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    program = new_program(page, tmp_path / "page")
-    monkeypatch.chdir(program.folder)
+def run_page(page: str, folder: Path) -> None:
+    """Run the blocks of a page in their order."""
+    program = new_program(page, folder)
+    os.chdir(program.folder)
     for block in blocks_of(page):
         assert block.language in RUNNERS, (
             f"{block.place}: no runner for a block of `{block.language or 'no language'}`"
         )
         RUNNERS[block.language](program, block)
+
+
+@pytest.mark.usefixtures("_own_registry")
+@pytest.mark.parametrize("page", sorted(set(PAGES) - HUB_PAGES))
+def test_every_block_runs(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)  # and back afterwards, wherever the page goes
+    run_page(page, tmp_path / "page")
+
+
+@pytest.mark.parametrize("page", sorted(HUB_PAGES))
+def test_every_block_runs_against_a_hub(page, tmp_path):
+    """In a process of its own: the client reads the Hub's address when it is imported."""
+    code = "import sys, pathlib, test_docs; test_docs.run_page(sys.argv[1], pathlib.Path(sys.argv[2]))"
+    with running_hub(tmp_path / "hub") as hub:
+        run_child(code, hub.environment(tmp_path / "home"), page, str(tmp_path / "page"))
 
 
 @pytest.mark.parametrize("page", PAGES)

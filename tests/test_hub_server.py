@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import inspect
 import json
 import os
 import subprocess
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-import httpx2
 import pytest
 from hub import Hub, run_python, running_hub
 from hub_store import Store, git_oid
@@ -40,6 +40,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import get_session
+
+
+try:
+    import httpx2 as httpx
+except ModuleNotFoundError:  # the client's HTTP library before huggingface_hub 2
+    import httpx
 
 
 WEIGHTS = bytes(range(256)) * 4096  # 1 MiB that is not text
@@ -308,8 +314,13 @@ def test_tokens_decide_and_are_kept_nowhere(tmp_path: Path, monkeypatch: pytest.
 # Model cards ---------------------------------------------------------------------------------------------------------
 
 
+# Older clients ask the real Hub, whatever their endpoint is, when a card is validated apart from a commit.
+CARDS_ASK_THE_ENDPOINT = "huggingface.co" not in inspect.getsource(ModelCard.validate)
+
+
 def client_cards() -> None:
-    ModelCard(GOOD_CARD).validate()
+    if CARDS_ASK_THE_ENDPOINT:
+        ModelCard(GOOD_CARD).validate()
     wrong = {
         ("relation: adapter", "relation: child"): '"base_model_relation" must be one of [adapter, merge,',
         ("license: apache-2.0", "license: my-own"): '"license" must be one of [apache-2.0, mit,',
@@ -337,7 +348,8 @@ def client_cards() -> None:
     refused(ValueError, lambda: push("---\n- a\n- b\n---\n"), says="must be of type object")
     refused(ValueError, lambda: push("---\nhello\n---\n"), says="The YAML metadata of your README.md is invalid")
     child = ModelCard(GOOD_CARD.replace("relation: adapter", "relation: child"))
-    refused(ValueError, child.validate, says='- Error: "base_model_relation" must be one of')
+    if CARDS_ASK_THE_ENDPOINT:
+        refused(ValueError, child.validate, says='- Error: "base_model_relation" must be one of')
 
     bad = GOOD_CARD.replace("license: apache-2.0", "license: my-own").encode()
     operations = [CommitOperationAdd("README.md", bad), CommitOperationAdd("w.bin", WEIGHTS)]
@@ -346,7 +358,10 @@ def client_cards() -> None:
         warnings.simplefilter("always")
         push("# no metadata")
     assert "empty or missing yaml metadata in repo card" in str(caught[0].message)
-    ModelCard(GOOD_CARD).push_to_hub(repo)
+    if CARDS_ASK_THE_ENDPOINT:
+        ModelCard(GOOD_CARD).push_to_hub(repo)
+    else:
+        push(GOOD_CARD)
     assert ModelCard.load(repo).data.base_model == "user/model"
     info = api.model_info(repo)
     assert (info.library_name, info.pipeline_tag, info.card_data.license) == (
@@ -452,7 +467,7 @@ def client_stubborn(repo: str, rounds: str) -> None:
             operations = [CommitOperationAdd("w.bin", weights), CommitOperationAdd("n.txt", str(published).encode())]
             if f"round {published}" not in titles and published < int(rounds):
                 api.create_commit(repo, operations, commit_message=f"round {published}", parent_commit=head)
-        except (HfHubHTTPError, httpx2.HTTPError, RuntimeError):
+        except (HfHubHTTPError, httpx.HTTPError, RuntimeError):
             time.sleep(0.05)
 
 
@@ -566,7 +581,7 @@ def client_faults() -> None:
 
     address = f"{constants.ENDPOINT}/api/models/{repo}"
     put_faults({"fault": "slow", "seconds": 0.6})
-    refused(httpx2.ReadTimeout, lambda: get_session().get(address, timeout=0.2))
+    refused(httpx.ReadTimeout, lambda: get_session().get(address, timeout=0.2))
     assert get_session().get(address, timeout=5).status_code == 200
     put_faults({"fault": "down"})
     for _ in range(3):
@@ -576,7 +591,7 @@ def client_faults() -> None:
 
 
 def refused_by_network(call: Callable[[], Any]) -> None:
-    with pytest.raises((httpx2.NetworkError, httpx2.RemoteProtocolError)):
+    with pytest.raises((httpx.NetworkError, httpx.RemoteProtocolError)):
         call()
 
 
