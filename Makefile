@@ -5,7 +5,8 @@ CONSTRAINTS ?= constraints/newest.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest
-PYTEST := $(BIN)/python -m pytest
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow test-oldest test-newest coverage style quality benchmarks clean
@@ -25,7 +26,7 @@ $(INSTALLED): setup.py $(CONSTRAINTS)
 quickstart: install  ## Federated fine-tuning of a real encoder on real text, offline; ARGS='--help' for its options.
 	$(BIN)/python recipes/quickstart.py $(ARGS)
 
-test: install  ## Run the tests; ARGS='-k name' narrows them.
+test: install  ## Run the tests, a process per core; ARGS='-k name' narrows them, WORKERS=0 keeps to one process.
 	$(PYTEST) $(ARGS)
 
 test-slow: install  ## Run the tests that take minutes.

@@ -30,6 +30,7 @@ TEST = [
     *DOCS,
     "pytest>=8.0",
     "pytest-cov>=5.0",
+    "pytest-xdist>=3.6",
     "trl>=1.12.0",
     "tensorboard>=2.17",
     "ruff>=0.11",

@@ -55,10 +55,6 @@ class AdapterFile:
         config: PEFT's configuration, checked.
         tensors: The safetensors file.
         layers: Layer name in the `PeftModel` -> rank of its factors.
-
-    Example:
-        >>> AdapterFile.open("adapters/north").layers  # doctest: +SKIP
-        {'base_model.model.model.layers.0.self_attn.q_proj': 16, ...}
     """
 
     directory: Path

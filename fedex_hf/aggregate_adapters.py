@@ -123,12 +123,7 @@ def aggregate_adapters(
         ValueError: If the arguments or the adapters do not fit together, or `output_dir` is taken.
         RuntimeError: If what was written fails the certificate of an exact method; nothing is kept then.
 
-    Example:
-        >>> report = aggregate_adapters(  # doctest: +SKIP
-        ...     ["adapters/north", "team/south@round-1"], "team/base", "global", client_weights=[300, 100]
-        ... )
-        >>> report.exactness.aggregation_error  # doctest: +SKIP
-        1.6e-07
+    Example: `docs/howto/command-line.md`, which a test runs.
     """
     if format not in FORMATS:
         raise ValueError(f"`format={format!r}` is unknown. Allowed: {', '.join(map(repr, FORMATS))}.")

@@ -21,17 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from fedex_hf import checkpoint as ckpt
-from fedex_hf.hub_files import matches
+from fedex_hf.hub_files import matches, without_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -43,8 +44,10 @@ _STATE_FILE = f"{ckpt.FOLDER}/state.json"
 # Files that a round owns: what an older round left of them and this one does not have is deleted in its commit.
 _OWNED = (
     "README.md",
-    "*.safetensors",
-    "*.safetensors.index.json",
+    "adapter_model.safetensors",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
     "adapter_config.json",
     "config.json",
     "generation_config.json",
@@ -101,6 +104,7 @@ class RoundQueue:
 
     def __init__(self, output_dir: Path) -> None:
         self.directory = output_dir / QUEUE
+        self._lock = threading.RLock()  # one thread fills the folder while another empties it
 
     @property
     def target(self) -> dict[str, Any]:
@@ -120,17 +124,20 @@ class RoundQueue:
         return sorted((StagedRound(int(match[1]), path) for match, path in matches), key=lambda each: each.round)
 
     @contextmanager
-    def stage(self, round: int) -> Iterator[Path]:
+    def stage(self, round: int, target: dict[str, Any]) -> Iterator[Path]:
         """Yield a folder to write a round into; it counts once the block is left without an error."""
-        ckpt.remove_unfinished(self.directory)
-        with ckpt.atomic_directory(self.directory / tag_of(round)) as folder:
-            yield folder
+        with self._lock:
+            ckpt.remove_unfinished(self.directory)
+            self.target = target
+            with ckpt.atomic_directory(self.directory / tag_of(round)) as folder:
+                yield folder
 
     def remove(self, staged: StagedRound) -> None:
         """Delete a round that is published."""
-        ckpt.discard(staged.path)
-        if not self.waiting():
-            shutil.rmtree(self.directory, ignore_errors=True)
+        with self._lock:
+            ckpt.discard(staged.path)
+            if not self.waiting():
+                shutil.rmtree(self.directory, ignore_errors=True)
 
 
 class RoundPublisher:
@@ -168,10 +175,9 @@ class RoundPublisher:
         self._token = token
         self._api = HfApi(token=token)
         self._prepared = False
-        self._wake = threading.Event()
-        self._idle = threading.Event()
-        self._idle.set()
-        self._lock = threading.Lock()
+        self._asked = self._busy = False
+        self._changed = threading.Condition()  # guards the two
+        self._publishing = threading.Lock()
         self._thread: threading.Thread | None = None
 
     # ---- What the trainer calls ----
@@ -182,9 +188,14 @@ class RoundPublisher:
         Raises:
             Exception: Whatever the Hub answers.
         """
-        self.repo_id = self._api.create_repo(self.repo_id, private=self._private, exist_ok=True).repo_id
-        if self.branch != "main":
-            self._api.create_branch(self.repo_id, branch=self.branch, exist_ok=True)
+        try:
+            self.repo_id = self._api.create_repo(self.repo_id, private=self._private, exist_ok=True).repo_id
+            self._api.auth_check(self.repo_id, write=True)  # which a repository that exists says nothing about
+            if self.branch != "main":
+                self._api.create_branch(self.repo_id, branch=self.branch, exist_ok=True)
+        except Exception as error:
+            error.args = tuple(without_tokens(each, self._token) for each in error.args)
+            raise
         self._prepared = True
 
     def published(self) -> list[int]:
@@ -195,21 +206,36 @@ class RoundPublisher:
         """
         return sorted(self._tags())
 
+    def log_of(self, round: int) -> list[dict[str, Any]]:
+        """The `log_history` that was published with a round; empty if the tag holds none.
+
+        Raises:
+            Exception: Whatever the Hub answers.
+        """
+        try:
+            file = self._api.hf_hub_download(self.repo_id, TRAINER_STATE_NAME, revision=tag_of(round))
+        except RemoteEntryNotFoundError:
+            return []
+        return list(json.loads(Path(file).read_text()).get("log_history", []))
+
     def submit(self) -> None:
         """Publish in the background whatever waits; returns at once and raises nothing."""
-        self._idle.clear()
-        self._wake.set()
+        with self._changed:
+            self._asked = True
+            self._changed.notify_all()
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._work, name="fedex_hf-hub", daemon=True)
             self._thread.start()
 
     def is_done(self) -> bool:
         """Whether nothing is under way in the background; rounds may wait all the same, after a failure."""
-        return self._idle.is_set()
+        with self._changed:
+            return not (self._asked or self._busy)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until nothing is under way in the background."""
-        self._idle.wait(timeout)
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._asked or self._busy), timeout)
 
     def publish(self, on_round: Callable[[StagedRound], None] | None = None) -> None:
         """Publish whatever waits, now.
@@ -217,7 +243,7 @@ class RoundPublisher:
         Raises:
             UnpublishedRoundsError: If a round cannot be published; it and those after it keep waiting.
         """
-        with self._lock:
+        with self._publishing:
             for staged in self.queue.waiting():
                 self._publish_with_retries(staged)
                 if on_round is not None:
@@ -227,14 +253,17 @@ class RoundPublisher:
 
     def _work(self) -> None:
         while True:
-            self._wake.wait()
-            self._wake.clear()
+            with self._changed:
+                self._changed.wait_for(lambda: self._asked)
+                self._asked, self._busy = False, True
             try:
                 self.publish()
-            except UnpublishedRoundsError as error:
-                logger.warning(str(error))
-            if not self._wake.is_set():
-                self._idle.set()
+            except Exception as error:  # training must not end because of it
+                logger.warning(str(error) if isinstance(error, UnpublishedRoundsError) else self.scrubbed(error))
+            finally:
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
 
     def _publish_with_retries(self, staged: StagedRound) -> None:
         for attempt in range(self.retries + 1):
@@ -264,7 +293,8 @@ class RoundPublisher:
                 )
         else:
             commit = self._commit(staged)
-            self._api.create_tag(self.repo_id, tag=tag, revision=commit, exist_ok=True)
+            # A tag that has appeared meanwhile is a 409: the next attempt looks whose it is.
+            self._api.create_tag(self.repo_id, tag=tag, revision=commit)
         self.queue.remove(staged)
         logger.info(f"Round {staged.round} is on the Hub: {self.repo_id}, tag `{tag}`.")
 
@@ -306,10 +336,7 @@ class RoundPublisher:
 
     def scrubbed(self, error: object) -> str:
         """An error in one line, with no token in it."""
-        text = f"{type(error).__name__}: {error}"
-        for token in (self._token, get_token()):
-            text = text.replace(token, "***") if token else text
-        return " ".join(text.split())
+        return " ".join(without_tokens(f"{type(error).__name__}: {error}", self._token).split())
 
     def _told(self, staged: StagedRound, error: Exception, attempts: int) -> str:
         waiting = [each.round for each in self.queue.waiting()]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 
 
 _REPOSITORY = re.compile(r"^([\w.-]+/[\w.-]+)(?:@(\S+))?$")
@@ -64,6 +64,19 @@ def download_files(repo_id: str, revision: str | None, patterns: Iterable[str], 
     for name in wanted:
         file = Path(api.hf_hub_download(repo_id, name, revision=info.sha))
     return file.parents[name.count("/")]
+
+
+def without_tokens(error: object, token: str | None = None) -> str:
+    """The text of an error with no token in it, even if the Hub has repeated one.
+
+    Args:
+        error: An error, or a text.
+        token: A token beside the one that is logged in.
+    """
+    text = str(error)
+    for each in (token, get_token()):
+        text = text.replace(each, "***") if each else text
+    return text
 
 
 def check_name(name: str, where: str) -> None:

@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from fedex_hf import checkpoint as ckpt
 from fedex_hf.base_model import AdaptedModel
 from fedex_hf.evaluation import Exactness, LayerExactness
-from fedex_hf.hub_files import UnsafeRepositoryError, download_files, parse_repository
+from fedex_hf.hub_files import UnsafeRepositoryError, download_files, parse_repository, without_tokens
 from fedex_hf.saving import BaseReference
 
 
@@ -61,12 +61,15 @@ def read_exactness(directory: str | os.PathLike) -> Exactness | None:
     if not file.is_file():
         return None
     names = [f.name for f in fields(LayerExactness)]
-    return Exactness(
-        {
-            layer: LayerExactness(**{name: float(norms[name]) for name in names})
-            for layer, norms in _read_json(file).items()
-        }
-    )
+    try:
+        return Exactness(
+            {
+                layer: LayerExactness(**{name: float(norms[name]) for name in names})
+                for layer, norms in _read_json(file).items()
+            }
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnloadableRoundError(f"`{_EXACTNESS}` of the round in `{directory}` is damaged: {error!r}.") from error
 
 
 def find_round(where: str | os.PathLike, token: str | None = None) -> str:
@@ -89,9 +92,10 @@ def find_round(where: str | os.PathLike, token: str | None = None) -> str:
         raise
     except Exception as error:  # of the Hub, of the network, or for want of the files
         raise UnloadableRoundError(
-            f"`{where}` is no run that can be continued: {error} Allowed: a repository that `FederatedTrainer` has "
-            "published rounds in, with `@round-N` or without; load any other model with `from_pretrained` first."
-        ) from error
+            f"`{where}` is no run that can be continued: {without_tokens(error, token)} Allowed: a repository that "
+            "`FederatedTrainer` has published rounds in, with `@round-N` or without; load any other model with "
+            "`from_pretrained` first."
+        ) from None
 
 
 def load_round_model(directory: str | os.PathLike, token: str | None = None) -> PeftModel:
@@ -121,7 +125,15 @@ def load_round_model(directory: str | os.PathLike, token: str | None = None) -> 
             f"`{origin.get('class')}` is no model class of this transformers ({transformers.__version__}). Build the "
             "model yourself, and pass the round as `train(resume_from_checkpoint=...)`."
         )
-    config = cast(type[PretrainedConfig], cls.config_class).from_dict(settings)
+    try:
+        config = cast(type[PretrainedConfig], cls.config_class).from_dict(settings)
+        adapter = PeftConfig.from_peft_type(**lora | {"revision": origin.get("revision")})
+    except Exception as error:
+        raise UnloadableRoundError(
+            f"`{_CONFIG}` or `{_LORA}` of the round in `{directory}` is no configuration of this transformers or PEFT "
+            f"({type(error).__name__}: {error}). Build the model yourself, and pass the round as "
+            "`train(resume_from_checkpoint=...)`."
+        ) from error
     try:
         base = cls.from_pretrained(
             origin["name"],
@@ -135,9 +147,9 @@ def load_round_model(directory: str | os.PathLike, token: str | None = None) -> 
     except Exception as error:
         raise UnloadableRoundError(
             f"The base `{origin['name']}` of the run in `{directory}` cannot be loaded ({type(error).__name__}: "
-            f"{error}). Build the model yourself, and pass the round as `train(resume_from_checkpoint=...)`."
-        ) from error
-    adapter = PeftConfig.from_peft_type(**lora)
+            f"{without_tokens(error, token)}). Build the model yourself, and pass the round as "
+            "`train(resume_from_checkpoint=...)`."
+        ) from None
     return cast(PeftModel, get_peft_model(base, adapter))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from tqdm.auto import tqdm
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
@@ -128,7 +129,7 @@ class PublishingTrainer(RoundTrainer):
         try:
             publisher.prepare()
         except Exception as error:
-            if not may_pass(error):
+            if not may_pass(error) and not isinstance(error, OfflineModeIsEnabled):
                 raise
             if "/" not in publisher.repo_id:
                 raise ValueError(
@@ -155,10 +156,9 @@ class PublishingTrainer(RoundTrainer):
                 f"`{self.publisher.repo_id}` already has the rounds {published} of another run. Choose another "
                 "`hub_model_id`, or continue that run with `resume_from_checkpoint`."
             )
-        round = self.federation.round
-        if round and round not in waiting and round not in (published or []) and self._publishes(round):
-            self._stage_present()
-        if waiting or round:
+        self._refuse_other_rounds(published)
+        if resume_from_checkpoint is not None:
+            self._stage_missing(published, present=self._publishes(self.federation.round))
             self.publisher.submit()
 
     def end_round(self, round: int) -> None:
@@ -189,6 +189,7 @@ class PublishingTrainer(RoundTrainer):
             The `CommitInfo` of the last commit made by this run, or `None` if there was none.
 
         Raises:
+            HubConflictError: If the repository holds the rounds of another run.
             UnpublishedRoundsError: If a round cannot be published; with what went before, nothing is lost.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -198,7 +199,9 @@ class PublishingTrainer(RoundTrainer):
         if self.publisher is None or token is not None:
             self.init_hf_repo(token=token, private=private)
         publisher = cast(RoundPublisher, self.publisher)
-        self._stage_missing()
+        published = self._published()
+        self._refuse_other_rounds(published)
+        self._stage_missing(published)
         if not blocking:
             publisher.submit()
             return None
@@ -237,16 +240,39 @@ class PublishingTrainer(RoundTrainer):
             logger.warning(f"The Hub did not list its rounds: {publisher.scrubbed(error)}")
             return None
 
-    def _stage_missing(self) -> None:
-        """Stage rounds that are in a checkpoint, or in the model, and neither wait nor are published."""
-        published = self._published() or []
-        known = {*published, *(staged.round for staged in cast(RoundPublisher, self.publisher).queue.waiting())}
-        newest, now = max(published, default=0), self.federation.round
-        for path in ckpt.checkpoints_in(str(self.args.output_dir)) if self.args.push_to_hub else []:
+    def _refuse_other_rounds(self, published: list[int] | None) -> None:
+        """Refuse a repository whose rounds were logged with other numbers than this run's."""
+        ours = _logged_rounds(self.state.log_history)
+        if not published or not ours:
+            return
+        publisher = cast(RoundPublisher, self.publisher)
+        try:
+            theirs = _logged_rounds(publisher.log_of(published[-1]))
+        except Exception as error:
+            logger.warning(f"The Hub did not show its rounds: {publisher.scrubbed(error)}")
+            return
+        if not theirs or any(ours[round] != theirs[round] for round in ours.keys() & theirs.keys()):
+            raise HubConflictError(
+                f"`{publisher.repo_id}` has the rounds {published} of another run. Choose another `hub_model_id`."
+            )
+
+    def _stage_missing(self, published: list[int] | None, present: bool = True) -> None:
+        """Stage rounds that are in a checkpoint, or in the model if `present`, and neither wait nor are published.
+
+        Where the Hub did not say what is published, none from checkpoints: writing them all may be much.
+        """
+        known = {
+            *(published or []),
+            *(staged.round for staged in cast(RoundPublisher, self.publisher).queue.waiting()),
+        }
+        newest, now = max(published or [], default=0), self.federation.round
+        last = max([now, *_logged_rounds(self.state.log_history)])  # `now` is an earlier one if that was the best
+        look = self.args.push_to_hub and published is not None
+        for path in ckpt.checkpoints_in(str(self.args.output_dir)) if look else []:
             round = ckpt.read_meta(path)["round"]
-            if round > newest and round not in {*known, now} and self._publishes(round):
+            if newest < round <= last and round not in {*known, now} and self._publishes(round):
                 self._stage_checkpoint(path)
-        if now > newest and now not in known:
+        if present and now > newest and now not in known:
             self._stage_present()
 
     def _stage_checkpoint(self, path: Path) -> None:
@@ -270,8 +296,8 @@ class PublishingTrainer(RoundTrainer):
         publisher = cast(RoundPublisher, self.publisher)
         round = self.federation.round
         try:
-            publisher.queue.target = {"repo_id": publisher.repo_id, "branch": publisher.branch}
-            with publisher.queue.stage(round) as folder:
+            target = {"repo_id": publisher.repo_id, "branch": publisher.branch}
+            with publisher.queue.stage(round, target) as folder:
                 self._write_round(folder, publisher.repo_id)
         except Exception as error:
             logger.warning(
@@ -307,3 +333,12 @@ def _card_details(kwargs: dict[str, Any]) -> dict[str, Any]:
     if datasets:
         details["datasets"] = [datasets] if isinstance(datasets, str) else list(datasets)
     return details
+
+
+def _logged_rounds(log_history: list[dict[str, Any]]) -> dict[int, str]:
+    """What tells the rounds of two runs apart; as text, because NaN equals nothing."""
+    return {
+        int(entry["round"]): f"{entry['train_loss']} {entry['aggregation_error']}"
+        for entry in log_history
+        if "aggregation_error" in entry
+    }

@@ -342,7 +342,9 @@ class RoundTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _read_checkpoint(self, directory: str) -> ckpt.RoundState:
-        return ckpt.load_round(directory, self._fingerprint(), self.adapted, list(self.clients.datasets))
+        # Optimizer states are pickles: read only where they are needed, and never from the Hub (`find_round`).
+        clients = list(self.clients.datasets) if self.args.client_optimizer_state == "keep" else None
+        return ckpt.load_round(directory, self._fingerprint(), self.adapted, clients)
 
     def _fingerprint(self) -> dict[str, Any]:
         if self._cached_fingerprint is None:

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper, transpose
 from peft.utils.save_and_load import get_base_model_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from fedex_hf.base_model import AdaptedModel, Ledger, LoraSite
 from fedex_hf.low_rank import compress, concatenate, decompose, max_useful_rank
@@ -36,6 +38,14 @@ FORMATS = ("full", "lora", "merged")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PEFT_PREFIX = "base_model.model."
 _SAFE_SHARE = 0.99  # of the update; below it a cast is worth a warning
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_BASE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,8 @@ class BaseReference:
 
     Args:
         name: Hub id or local path, or `None` for a model that was built from a config.
-        revision: Commit on the Hub, where known.
+        revision: Commit on the Hub, where known: what the adapter's config names as `revision`, otherwise the one that
+            `from_pretrained` last took `main` from.
     """
 
     name: str | None
@@ -52,9 +63,9 @@ class BaseReference:
 
     @classmethod
     def of(cls, model: PeftModel) -> BaseReference:
-        """What transformers noted when it loaded the base."""
-        config = cast(PreTrainedModel, model.get_base_model()).config
-        return cls(getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None))
+        """What transformers noted when it loaded the base, and the commit, which it does not note (5.18 to 5.23)."""
+        name = getattr(cast(PreTrainedModel, model.get_base_model()).config, "_name_or_path", None) or None
+        return cls(name, _commit_in_cache(name, model.peft_config[model.active_adapters[0]].revision))
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,17 @@ class SavedModel:
     format: str
     dtype: str
     cast_survival: float | None
+
+
+def _commit_in_cache(name: str | None, revision: str | None) -> str | None:
+    """The commit that a repository's branch or tag was last loaded from; `revision` itself where that is unknown."""
+    if name is None or Path(name).exists():
+        return None
+    try:
+        file = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
+    except HFValidationError:  # a folder that is gone
+        return None
+    return Path(file).parent.name if isinstance(file, str) else revision
 
 
 def check_format(format: str, dtype: str | torch.dtype | None, base: BaseReference | None = None) -> None:
@@ -106,7 +128,8 @@ def save_model(
     Args:
         adapted: The model with `ledger` installed.
         ledger: All residuals so far.
-        output_dir: Created if needed; files of the same names are replaced.
+        output_dir: Created if needed; files of the same names are replaced, and what another format left is deleted:
+            an adapter beside a merged model, or a base beside a plain LoRA, would be loaded with it.
         format: `"full"`, `"lora"` or `"merged"`.
         dtype: Cast what the format writes: base weights (`"full"`, `"merged"`) or factors (`"lora"`). The share of
             the update that survives is measured and logged, with a warning below 99 %. Default: no cast.
@@ -116,12 +139,14 @@ def save_model(
         max_shard_size: As in `PreTrainedModel.save_pretrained`.
 
     Raises:
-        ValueError: If `format` or `dtype` is unknown, or `"lora"` has no base to name.
+        ValueError: If `format` or `dtype` is unknown, or `"lora"` has no base to name or would be written into the
+            base's own folder.
     """
     base = BaseReference.of(adapted.model)
     check_format(format, dtype, base)
     directory = Path(output_dir).resolve()
     directory.mkdir(parents=True, exist_ok=True)
+    _remove_other_formats(directory, format, base)
     target = _dtype(dtype)
     model, adapter = adapted.model, adapted.adapter
     if format == "lora":
@@ -194,6 +219,18 @@ def _as_double(delta: LowRankDelta) -> LowRankDelta:
 # ---- Files ----
 
 
+def _remove_other_formats(directory: Path, format: str, base: BaseReference) -> None:
+    """Delete what an earlier `save_model` of another format left in the folder."""
+    if format == "lora" and base.name is not None and Path(base.name).resolve() == directory:
+        raise ValueError(
+            f"`{directory}` is the folder of the original base, which a plain LoRA names. A LoRA beside it would be "
+            "taken for a part of it. Save it to a folder of its own."
+        )
+    stale = {"full": (), "lora": _BASE_FILES, "merged": _ADAPTER_FILES}[format]
+    for path in [path for pattern in stale for path in directory.glob(pattern)]:
+        path.unlink()
+
+
 def _write_adapter(
     adapted: AdaptedModel, config: LoraConfig, directory: Path, factors: Mapping[str, LowRankDelta] | None = None
 ) -> None:
@@ -251,9 +288,14 @@ def _trained_modules(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
 def _merged_tensors(adapted: AdaptedModel, ledger: Ledger) -> Iterator[tuple[str, torch.Tensor]]:
     """Base keys -> tensors with everything folded in, each rounded once."""
     yield from _trained_modules(adapted.model, adapted.adapter).items()
+    merged_tokens: dict[int, torch.Tensor] = {}  # embeddings that are tied stay one tensor
     for name, module in adapted.model.get_base_model().named_modules():
         if isinstance(module, TrainableTokensWrapper):
-            yield f"{name}.weight", module.token_adapter.get_merged_weights([adapted.adapter]).detach()
+            tokens = cast(Any, module.token_adapter)
+            place = cast(torch.nn.Embedding, tokens.get_base_layer()).weight.data_ptr()
+            if place not in merged_tokens:
+                merged_tokens[place] = tokens.get_merged_weights([adapted.adapter]).detach()
+            yield f"{name}.weight", merged_tokens[place]
     for site in adapted.sites.values():
         name = site.name.removeprefix(_PEFT_PREFIX)
         total = adapted.original(site.name).double() + _update(site, ledger)

@@ -483,13 +483,13 @@ def check_whole(store: Store, repo: str) -> int:
 
 
 def test_kill_9_loses_nothing_that_was_acknowledged(hub: Hub, tmp_path: Path) -> None:
-    repo, rounds = "user/kill", 8
+    repo, rounds = "user/kill", 16
     hub.store.create(repo, "models", False, "user")
     command = [sys.executable, __file__, client_stubborn.__name__, repo, str(rounds)]
     client = subprocess.Popen(command, env=hub.environment(tmp_path / "home"), stderr=subprocess.DEVNULL)
     kills, seen = 0, 0
     while client.poll() is None:
-        time.sleep(0.15 + 0.07 * (kills % 5))
+        time.sleep(0.04 + 0.03 * (kills % 5))
         if check_whole(hub.store, repo) > seen and client.poll() is None:  # progress since the last kill
             hub.kill()
             kills, seen = kills + 1, check_whole(hub.store, repo)
