@@ -128,8 +128,7 @@ def save_model(
     Args:
         adapted: The model with `ledger` installed.
         ledger: All residuals so far.
-        output_dir: Created if needed; files of the same names are replaced, and what another format left is deleted:
-            an adapter beside a merged model, or a base beside a plain LoRA, would be loaded with it.
+        output_dir: Created if needed; files of the same names are replaced.
         format: `"full"`, `"lora"` or `"merged"`.
         dtype: Cast what the format writes: base weights (`"full"`, `"merged"`) or factors (`"lora"`). The share of
             the update that survives is measured and logged, with a warning below 99 %. Default: no cast.
@@ -139,14 +138,14 @@ def save_model(
         max_shard_size: As in `PreTrainedModel.save_pretrained`.
 
     Raises:
-        ValueError: If `format` or `dtype` is unknown, or `"lora"` has no base to name or would be written into the
-            base's own folder.
+        ValueError: If `format` or `dtype` is unknown, or `"lora"` has no base to name, or the folder holds files
+            of another format.
     """
     base = BaseReference.of(adapted.model)
     check_format(format, dtype, base)
     directory = Path(output_dir).resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    _remove_other_formats(directory, format, base)
+    _refuse_other_formats(directory, format)
     target = _dtype(dtype)
     model, adapter = adapted.model, adapted.adapter
     if format == "lora":
@@ -219,16 +218,15 @@ def _as_double(delta: LowRankDelta) -> LowRankDelta:
 # ---- Files ----
 
 
-def _remove_other_formats(directory: Path, format: str, base: BaseReference) -> None:
-    """Delete what an earlier `save_model` of another format left in the folder."""
-    if format == "lora" and base.name is not None and Path(base.name).resolve() == directory:
+def _refuse_other_formats(directory: Path, format: str) -> None:
+    """An adapter beside a merged model, or a base beside a plain LoRA, would be loaded with it."""
+    others = {"full": (), "lora": _BASE_FILES, "merged": _ADAPTER_FILES}[format]
+    found = sorted(path.name for pattern in others for path in directory.glob(pattern))
+    if found:
         raise ValueError(
-            f"`{directory}` is the folder of the original base, which a plain LoRA names. A LoRA beside it would be "
-            "taken for a part of it. Save it to a folder of its own."
+            f"`{directory}` holds {', '.join(found)}, which would be loaded together with a model saved as "
+            f"`format={format!r}`. Save it to a folder of its own, or delete these files first."
         )
-    stale = {"full": (), "lora": _BASE_FILES, "merged": _ADAPTER_FILES}[format]
-    for path in [path for pattern in stale for path in directory.glob(pattern)]:
-        path.unlink()
 
 
 def _write_adapter(
