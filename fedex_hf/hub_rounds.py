@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from fedex_hf import checkpoint as ckpt
@@ -87,7 +87,9 @@ def find_round(where: str | os.PathLike, token: str | None = None) -> str:
     if repository is None:
         return str(where)
     try:
-        return str(download_files(repository[0], repository[1], _RESUMABLE, token=token))
+        folder = download_files(repository[0], repository[1], _RESUMABLE, token=token)
+        TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # fails for what is none
+        return str(folder)
     except UnsafeRepositoryError:
         raise
     except Exception as error:  # of the Hub, of the network, or for want of the files

@@ -32,6 +32,7 @@ class PublishingTrainer(RoundTrainer):
 
     publisher: RoundPublisher | None = None
     _card_details: dict[str, Any] = {}
+    _unstaged: frozenset[int] = frozenset()  # rounds whose commit could not be written
 
     # ---- Folders ----
 
@@ -144,6 +145,7 @@ class PublishingTrainer(RoundTrainer):
         """Refuse to mix two runs; stage the round that a killed process had saved and not yet staged."""
         if self.publisher is None:
             return
+        self._unstaged = frozenset()
         waiting = [staged.round for staged in self.publisher.queue.waiting()]
         if resume_from_checkpoint is None and waiting:
             raise ValueError(
@@ -165,8 +167,10 @@ class PublishingTrainer(RoundTrainer):
         """Stage the round and have it published in the background; training goes on whatever happens to it."""
         if self.publisher is None or not self._publishes(round):
             return
+        self._stage_failed()
         self._stage_present()
-        self.publisher.submit()
+        if not self._unstaged:
+            self.publisher.submit()
 
     def push_to_hub(
         self,
@@ -214,6 +218,9 @@ class PublishingTrainer(RoundTrainer):
         """At the end of training: wait for the background, and say what is left."""
         if self.publisher is None:
             return
+        if self._unstaged:
+            self._stage_failed()
+            self.publisher.submit()
         if not self.publisher.is_done():
             total = len(self.publisher.queue.waiting())
             with tqdm(total=total, desc="Publishing rounds", unit="round", disable=self.args.disable_tqdm) as bar:
@@ -287,6 +294,19 @@ class PublishingTrainer(RoundTrainer):
             self.adapted.write(federation.state)
             self.adapted.install(federation.ledger)
 
+    def _stage_failed(self) -> None:
+        """Try again what could not be staged: rounds are published in order, so later ones wait for it.
+
+        A round without a checkpoint is given up, so that the others need not wait for ever.
+        """
+        paths = {ckpt.read_meta(path)["round"]: path for path in ckpt.checkpoints_in(str(self.args.output_dir))}
+        for round in sorted(self._unstaged):
+            if round in paths:
+                self._stage_checkpoint(paths[round])
+            else:
+                logger.warning(f"Round {round} has no checkpoint, so it will be missing on the Hub.")
+                self._unstaged -= {round}
+
     def _stage_present(self) -> None:
         self._collect_callback_states()
         self._stage()
@@ -299,10 +319,12 @@ class PublishingTrainer(RoundTrainer):
             target = {"repo_id": publisher.repo_id, "branch": publisher.branch}
             with publisher.queue.stage(round, target) as folder:
                 self._write_round(folder, publisher.repo_id)
+            self._unstaged -= {round}
         except Exception as error:
+            self._unstaged |= {round}
             logger.warning(
-                f"Round {round} could not be staged for the Hub: {publisher.scrubbed(error)} `trainer.push_to_hub()` "
-                "tries again, from its checkpoint if there is one."
+                f"Round {round} could not be staged for the Hub: {publisher.scrubbed(error)} The next round and "
+                "`trainer.push_to_hub()` try again, from its checkpoint if there is one."
             )
 
     def _write_round(self, folder: Path, repo_id: str) -> None:

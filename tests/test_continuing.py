@@ -317,6 +317,11 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, bytes]], None], tuple[str, ...]]] 
         ("lora_config.json` holds a list",),
     ),
     "no-base": (lambda files: files.pop("federation/base.json"), ("`base.json` of the round",)),
+    "no-log": (lambda files: files.update({"trainer_state.json": b"[]"}), ("is no run that can be continued",)),
+    "strange-log": (
+        lambda files: files.update({"trainer_state.json": b'{"rounds": 3}'}),
+        ("is no run that can be continued", "rounds"),
+    ),
     "outside": (
         lambda files: files.update({STATE: files[STATE].replace(b'"files": {', b'"files": {"../../x": 1,')}),
         ("is damaged", "`../../x`"),

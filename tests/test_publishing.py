@@ -462,6 +462,22 @@ def test_a_round_that_is_published_while_the_next_is_staged(lab, tmp_path):
     lab.assert_rounds("user/overlap", [1, 2, 3])
 
 
+def test_a_round_that_could_not_be_staged_is_published_before_the_next(lab, tmp_path):
+    """As with a full disk that somebody clears: nothing is skipped, and the order is kept."""
+    settings = lab.settings("unstaged", hold={"2": str(tmp_path / "go")}, arguments={"save_strategy": "epoch"})
+    blocker = Path(settings["output_dir"]) / ".hub" / ".unfinished-round-1"
+    blocker.parent.mkdir(parents=True)
+    blocker.touch()  # in the place of the folder that the round is written into
+    process = lab.start(settings)
+    wait_until((tmp_path / "go.reached").exists, process)
+    assert lab.tags("user/unstaged") == {}
+    blocker.unlink()
+    (tmp_path / "go").touch()
+    process.result()
+    assert "Round 1 could not be staged" in process.output
+    lab.assert_rounds("user/unstaged", [1, 2, 3])
+
+
 # ---- Killed while it publishes ----
 
 
