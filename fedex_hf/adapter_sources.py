@@ -18,13 +18,15 @@ from huggingface_hub.errors import (
 from fedex_hf.tensor_files import CONFIG, INDEX, MODEL, WEIGHTS, weight_files
 
 
-# What belongs to a model beside its weights; by full name, because a pattern such as `vocab.*` would fetch pickles.
-COMPANIONS = (
-    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+# By full name, because a pattern such as `vocab.*` would fetch pickles.
+TOKENIZER = (
+    *("preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json"),
 )
+# What belongs to a model beside its weights.
+COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER)
 
 
 class AdapterNotFoundError(FileNotFoundError):

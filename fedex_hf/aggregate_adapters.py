@@ -28,7 +28,7 @@ from fedex_hf.aggregate_output import Output, Target
 from fedex_hf.aggregators import Aggregator, get_aggregator
 from fedex_hf.aggregators.base import mean_factors, normalise
 from fedex_hf.checkpoint import atomic_directory
-from fedex_hf.evaluation import Exactness, LayerExactness, weighted_sum
+from fedex_hf.evaluation import NOISE, Exactness, LayerExactness, weighted_sum
 from fedex_hf.saving import FORMATS
 from fedex_hf.skeleton import Skeleton
 from fedex_hf.tensor_files import (
@@ -40,7 +40,6 @@ from fedex_hf.updates import LowRankDelta
 logger = logging.get_logger(__name__)
 
 REPORT = "aggregation.json"
-_NOISE = 1e-12  # well above float64 rounding, well below anything that training does
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def _certify(round: AdapterRound, target: Target, folder: Path, bar: Any) -> Ite
             installed += new.read(key).double().sub_(old)
             resolution = torch.finfo(old.dtype).eps * _norm(old)
         norms = LayerExactness(
-            change=change if change > _NOISE * largest else 0.0,
+            change=change if change > NOISE * largest else 0.0,
             error=_norm(installed.sub_(ideal)),
             fedit=_norm(site.dense(mean_factors(factors, round.weights)).sub_(ideal)),
             resolution=resolution,

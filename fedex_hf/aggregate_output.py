@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fedex_hf.adapter_files import PREFIX
 from fedex_hf.adapter_round import AdapterRound
 from fedex_hf.adapter_sources import COMPANIONS
 from fedex_hf.base_model import LoraSite, UnsupportedModelError
-from fedex_hf.low_rank import compress, concatenate
+from fedex_hf.low_rank import plain_product
 from fedex_hf.saving import plain_lora_config
 from fedex_hf.skeleton import base_name
 from fedex_hf.tensor_files import (
@@ -149,7 +150,7 @@ class Output:
     def put_layer(self, site: LoraSite, mean: LowRankDelta, residual: LowRankDelta | None) -> None:
         """One layer's new factors, and what goes into its base weight."""
         if self.target.format == "lora":
-            mean = _plain(mean if residual is None else concatenate([_exactly(mean), _exactly(residual)]))
+            mean = _plain([mean] if residual is None else [mean, residual])
         elif mean.rank != site.A.shape[0] or mean.scaling != site.scaling:
             raise ValueError(
                 f"The aggregator returned rank {mean.rank} and scaling {mean.scaling} for `{site.name}`, whose "
@@ -241,12 +242,8 @@ class Output:
         (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
 
 
-def _exactly(delta: LowRankDelta) -> LowRankDelta:
-    return LowRankDelta(delta.A.double(), delta.B.double(), delta.scaling)
-
-
-def _plain(delta: LowRankDelta) -> LowRankDelta:
-    """The same product with the fewest factors, float32, scaling 1."""
-    product = compress(_exactly(delta), resolution=torch.float32)
+def _plain(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
+    """Their sum as one product with the fewest factors, float32, scaling 1."""
+    product = plain_product(deltas)
     root = math.sqrt(product.scaling)
     return LowRankDelta((product.A * root).float(), (product.B * root).float(), 1.0)

@@ -14,7 +14,7 @@ from fedex_hf.low_rank import concatenate
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
 
 
-_NOISE = 1e-12  # well above float64 rounding, well below anything that training does
+NOISE = 1e-12  # well above float64 rounding, well below anything that training does
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def measure_exactness(
         added = weight.double() - adapted.base_weight_at(name, ledger_before).double()
         change = _norm(ideal - start)
         layers[name] = LayerExactness(
-            change=change if change > _NOISE * (_norm(ideal) + _norm(start)) else 0.0,
+            change=change if change > NOISE * (_norm(ideal) + _norm(start)) else 0.0,
             error=_norm(site.dense(site.read()) + added - ideal),
             fedit=_norm(site.dense(mean_factors(factors, weights)) - ideal),
             resolution=torch.finfo(weight.dtype).eps * _norm(weight.double()),

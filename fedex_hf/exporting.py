@@ -12,9 +12,9 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
 
 from fedex_hf import checkpoint as ckpt
+from fedex_hf.adapter_sources import TOKENIZER
 from fedex_hf.aggregators import AGGREGATORS
 from fedex_hf.base_model import AdaptedModel
 from fedex_hf.hub_files import check_name, download_files, parse_repository
@@ -25,9 +25,6 @@ from fedex_hf.run_card import RunCard, versions
 from fedex_hf.saving import SavedModel, save_model
 
 
-logger = logging.get_logger(__name__)
-
-_TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja")
 # Only these are sent: a folder of a run also holds pickles, which nobody should have to open.
 _SENDABLE = ("*.safetensors", "*.json", "*.md", "*.png", "*.model", "*.jinja", "vocab.txt", "merges.txt", "LICENSE")
 
@@ -159,13 +156,12 @@ def _own_base(file: Path, root: Path, repo_id: str, tag: str | None) -> bytes | 
 
 def _tokenizer_files(source: str, directory: Path, token: str | None) -> list[Path]:
     repository = parse_repository(source)
-    if repository is None:
-        return [path for path in directory.iterdir() if any(path.match(pattern) for pattern in _TOKENIZER)]
-    try:
-        folder = download_files(*repository, _TOKENIZER, token=token)
-    except FileNotFoundError:
-        return []
-    return [path for path in folder.iterdir() if any(path.match(pattern) for pattern in _TOKENIZER)]
+    if repository is not None:
+        try:
+            directory = download_files(*repository, TOKENIZER, token=token)
+        except FileNotFoundError:
+            return []
+    return [directory / name for name in TOKENIZER if (directory / name).is_file()]
 
 
 def _card_of(directory: Path, adapted: AdaptedModel, saved: SavedModel) -> RunCard:

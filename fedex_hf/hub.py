@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,7 +170,6 @@ class RoundPublisher:
         self.branch = branch or "main"
         self.retries = retries
         self.wait = wait
-        self.last_error: Exception | None = None
         self.last_commit: Any = None
         self._private = private
         self._token = token
@@ -270,22 +270,19 @@ class RoundPublisher:
             try:
                 self._publish(staged)
             except Exception as error:
-                self.last_error = error
                 if attempt == self.retries or not may_pass(error):
                     raise UnpublishedRoundsError(self._told(staged, error, attempt + 1)) from None
                 seconds = _retry_after(error) or self.wait * 2**attempt
                 logger.info(f"Round {staged.round}: {self.scrubbed(error)} Next attempt in {seconds:.0f} s.")
-                threading.Event().wait(min(seconds, _LONGEST_WAIT))
+                time.sleep(min(seconds, _LONGEST_WAIT))
             else:
-                self.last_error = None
                 return
 
     def _publish(self, staged: StagedRound) -> None:
         if not self._prepared:
             self.prepare()
         tag = tag_of(staged.round)
-        tags = self._tags()
-        if staged.round in tags:
+        if staged.round in self._tags():
             if self._digest_at(tag) != staged.digest:
                 raise HubConflictError(
                     f"`{self.repo_id}` has a `{tag}` that is not this run's. Choose another `hub_model_id`, or delete "
@@ -327,10 +324,8 @@ class RoundPublisher:
         """Digest of the round that a revision holds, `None` where it holds none."""
         try:
             file = self._api.hf_hub_download(self.repo_id, _STATE_FILE, revision=revision)
-        except (
-            RemoteEntryNotFoundError,
-            RevisionNotFoundError,
-        ):  # not its parent, which an unreachable Hub raises too
+        # Not a parent of the two: a Hub that cannot be reached raises that as well.
+        except (RemoteEntryNotFoundError, RevisionNotFoundError):
             return None
         return json.loads(Path(file).read_text()).get("digest")
 

@@ -81,6 +81,21 @@ def decompose(matrix: torch.Tensor, rank: int | None = None, resolution: torch.d
     return LowRankDelta(root[:, None] * Vh[:keep], U[:, :keep] * root)
 
 
+def doubled(delta: LowRankDelta) -> LowRankDelta:
+    """The same factors in float64."""
+    return LowRankDelta(delta.A.double(), delta.B.double(), delta.scaling)
+
+
+def plain_product(deltas: Sequence[LowRankDelta], resolution: torch.dtype = torch.float32) -> LowRankDelta:
+    """Sum of updates of one layer as one product with the fewest factors, in float64 and with their scaling.
+
+    Args:
+        deltas: Updates of equal shape.
+        resolution: The dtype whose rounding counts.
+    """
+    return compress(concatenate([doubled(delta) for delta in deltas]), resolution=resolution)
+
+
 def max_useful_rank(delta: LowRankDelta) -> int:
     """The rank at which two factors hold as many numbers as the dense update: in * out / (in + out), rounded up."""
     out_features, in_features = delta.B.shape[0], delta.A.shape[1]

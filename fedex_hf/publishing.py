@@ -299,6 +299,8 @@ class PublishingTrainer(RoundTrainer):
 
         A round without a checkpoint is given up, so that the others need not wait for ever.
         """
+        if not self._unstaged:
+            return
         paths = {ckpt.read_meta(path)["round"]: path for path in ckpt.checkpoints_in(str(self.args.output_dir))}
         for round in sorted(self._unstaged):
             if round in paths:

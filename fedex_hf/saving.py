@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
 from fedex_hf.base_model import AdaptedModel, Ledger, LoraSite
-from fedex_hf.low_rank import compress, concatenate, decompose, max_useful_rank
+from fedex_hf.low_rank import decompose, max_useful_rank, plain_product
 from fedex_hf.updates import LowRankDelta
 
 
@@ -188,7 +188,7 @@ def plain_lora(
         product = decompose(transpose(total, site.layer.fan_in_fan_out))
     else:
         parts = [ledger.factors[site.name], delta] if site.name in ledger.factors else [delta]
-        product = compress(concatenate([_as_double(part) for part in parts]), resolution=torch.float32)
+        product = plain_product(parts)
     if product.rank >= max_useful_rank(product):
         logger.info(f"`{site.name}`: rank {product.rank}; two factors are as large as the dense weight.")
     dtype = torch.float32 if dtype is None else dtype
@@ -209,10 +209,6 @@ def plain_lora_config(original: LoraConfig, ranks: Mapping[str, int]) -> LoraCon
     config.alpha_pattern = dict(config.rank_pattern)
     config.use_rslora, config.init_lora_weights = False, True
     return config
-
-
-def _as_double(delta: LowRankDelta) -> LowRankDelta:
-    return LowRankDelta(delta.A.double(), delta.B.double(), delta.scaling)
 
 
 # ---- Files ----
