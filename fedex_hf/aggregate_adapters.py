@@ -129,6 +129,11 @@ def aggregate_adapters(
     if not adapters or isinstance(adapters, (str, os.PathLike)):
         raise ValueError(f"`adapters={adapters!r}`. Allowed: a list of at least one directory or repository.")
     method = get_aggregator(aggregator, **(aggregator_kwargs or {}))
+    if method.keeps_client_adapters:
+        raise ValueError(
+            f"The aggregator `{method.name}` lets every client keep its own factors on a base of its own, and adapter "
+            "directories do not say which. Aggregate with `assignment=\"average\"`, or train with `FederatedTrainer`."
+        )
     weights = normalise([1.0] * len(adapters) if client_weights is None else client_weights, len(adapters))
     final = _free_directory(output_dir)
     files = [AdapterFile.open(resolve_adapter(spec, token)) for spec in adapters]

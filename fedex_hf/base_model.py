@@ -129,6 +129,7 @@ class AdaptedModel:
             if parameter.requires_grad and id(parameter) not in factors
         }
         self.originals: dict[str, torch.Tensor] = {}
+        self.holds_offsets = False
 
     def read(self) -> GlobalUpdate:
         """A copy of everything the clients train, on the CPU."""
@@ -146,27 +147,39 @@ class AdaptedModel:
             parameter.copy_(state.tensors[name])
 
     @torch.no_grad()
-    def install(self, ledger: Ledger) -> None:
+    def install(self, ledger: Ledger, offsets: Mapping[str, LowRankDelta] | None = None) -> None:
         """Set every base weight to `original + ledger`, rounded once to the weight's dtype.
 
         The originals are kept from the first call on, one copy of the adapted base weights.
+
+        Args:
+            ledger: All residuals.
+            offsets: Layer name -> what one client's base holds beyond them, until the next call.
         """
-        for name in ledger.layers() | self.originals.keys():
+        offsets = offsets or {}
+        self.holds_offsets |= bool(offsets)  # also if it ends half-way
+        for name in ledger.layers() | self.originals.keys() | offsets.keys():
             weight = self.sites[name].base_weight
             if name not in self.originals:
                 self.originals[name] = _snapshot(weight)
-            weight.copy_(self.base_weight_at(name, ledger))
+            weight.copy_(self.base_weight_at(name, ledger, offsets.get(name)))
+        self.holds_offsets = bool(offsets)
 
     def original(self, name: str) -> torch.Tensor:
         """A layer's base weight before any residual, in its own dtype and layout, on the CPU."""
         original = self.originals.get(name)
         return self.sites[name].base_weight.detach().cpu() if original is None else original
 
-    def base_weight_at(self, name: str, ledger: Ledger) -> torch.Tensor:
-        """A layer's base weight under a ledger, in the dtype and layout of the weight, on the CPU."""
-        original = self.original(name)
-        added = ledger.dense(name, self.sites[name])
-        return original if added is None else (original.double() + added).to(original.dtype)
+    def base_weight_at(self, name: str, ledger: Ledger, offset: LowRankDelta | None = None) -> torch.Tensor:
+        """A layer's base weight under a ledger and a client's offset, in its own dtype and layout, on the CPU."""
+        original, site = self.original(name), self.sites[name]
+        added, own = ledger.dense(name, site), None if offset is None else site.dense(offset)
+        if added is None and own is None:
+            return original
+        total = original.double()
+        for each in (added, own):
+            total = total if each is None else total + each
+        return total.to(original.dtype)
 
 
 @dataclass

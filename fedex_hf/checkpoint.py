@@ -7,6 +7,7 @@
             state.safetensors     adapter factors and every other trained tensor
             ledger.safetensors    the sum of all residuals, float32
             clients/0.pt          optimizer state of client 0, if kept
+            clients/adapters.private   factors of clients that keep their own: see `client_adapters.py`
 
 The adapter lies one level down, so that nothing takes a checkpoint for a plain adapter on the original base: without
 the ledger that would be a different model.
@@ -35,6 +36,7 @@ from fedex_hf.updates import GlobalUpdate, LowRankDelta
 
 
 FOLDER = "federation"
+CLIENT_ADAPTERS = "clients/adapters.private"
 _STATE, _LEDGER, _META = "state.safetensors", "ledger.safetensors", "state.json"
 _FORMAT = 1
 _UNFINISHED = ".unfinished-"
@@ -54,25 +56,28 @@ class RoundState:
         state: Global adapters and other trained tensors.
         ledger: All residuals so far.
         optimizer_states: Client -> state of its optimizer after its last round, where kept.
+        client_adapters: Client -> its factors after its last round, where it goes on from them.
     """
 
     round: int
     state: GlobalUpdate
     ledger: Ledger = field(default_factory=Ledger)
     optimizer_states: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    client_adapters: Mapping[str, Mapping[str, LowRankDelta]] = field(default_factory=dict)
 
 
 def save_round(directory: Path, round_state: RoundState, fingerprint: Mapping[str, Any], clients: list[str]) -> None:
     """Write a round into `directory/federation`; `atomic_directory` makes the whole durable.
 
-    Last of all that goes into `directory`: the sizes of all files in it are noted.
+    Adapters that clients keep are not written here, because a published round must not hold them. Last of all that
+    goes into `directory`: the sizes of all files in it are noted.
     """
     folder = directory / FOLDER
     (folder / "clients").mkdir(parents=True, exist_ok=True)
     tensors = {f"tensors/{name}": tensor for name, tensor in round_state.state.tensors.items()}
-    save_file(_contiguous(_flatten(round_state.state.adapters) | tensors), folder / _STATE)
+    save_file(_contiguous(flatten(round_state.state.adapters) | tensors), folder / _STATE)
     matrices = {f"matrices/{name}": matrix for name, matrix in round_state.ledger.matrices.items()}
-    save_file(_contiguous(_flatten(round_state.ledger.factors) | matrices), folder / _LEDGER)
+    save_file(_contiguous(flatten(round_state.ledger.factors) | matrices), folder / _LEDGER)
     for client_id, optimizer_state in round_state.optimizer_states.items():
         torch.save(optimizer_state, folder / "clients" / f"{clients.index(client_id)}.pt")
     files = {
@@ -122,13 +127,13 @@ def load_round(
             f"`{directory}` is damaged: its tensors are not those that were written. Resume from another checkpoint."
         )
     state, ledger = load_file(folder / _STATE), load_file(folder / _LEDGER)
-    _check_tensors(f"{directory}/{FOLDER}/{_STATE}", state, _state_layout(adapted))
-    _check_tensors(f"{directory}/{FOLDER}/{_LEDGER}", ledger, _ledger_layout(adapted, ledger))
+    check_tensors(f"{directory}/{FOLDER}/{_STATE}", state, _state_layout(adapted))
+    check_tensors(f"{directory}/{FOLDER}/{_LEDGER}", ledger, _ledger_layout(adapted, ledger))
     scalings = {name: site.scaling for name, site in adapted.sites.items()}
     return RoundState(
         round=meta["round"],
-        state=GlobalUpdate(adapters=_unflatten(state, scalings), tensors=_with_prefix(state, "tensors/")),
-        ledger=Ledger(_unflatten(ledger, scalings), _with_prefix(ledger, "matrices/")),
+        state=GlobalUpdate(adapters=unflatten(state, scalings), tensors=_with_prefix(state, "tensors/")),
+        ledger=Ledger(unflatten(ledger, scalings), _with_prefix(ledger, "matrices/")),
         optimizer_states={
             clients[int(path.stem)]: torch.load(path, weights_only=True)
             for path in sorted((folder / "clients").glob("*.pt"))
@@ -270,8 +275,8 @@ def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
 def _digest(folder: Path, round: int) -> str:
     """SHA-256 of the round's number and tensors: equal for equal rounds of equal runs."""
     digest = hashlib.sha256(f"round {round}\n".encode())
-    for name in (_STATE, _LEDGER):
-        with (folder / name).open("rb") as file:
+    for path in (folder / _STATE, folder / _LEDGER, *folder.glob(CLIENT_ADAPTERS)):
+        with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
@@ -300,7 +305,7 @@ def _ledger_layout(adapted: AdaptedModel, ledger: Mapping[str, torch.Tensor]) ->
     return layout
 
 
-def _check_tensors(file: str, tensors: Mapping[str, torch.Tensor], layout: Mapping[str, tuple]) -> None:
+def check_tensors(file: str, tensors: Mapping[str, torch.Tensor], layout: Mapping[str, tuple]) -> None:
     for key in [*layout, *tensors]:
         found = (tensors[key].shape, tensors[key].dtype) if key in tensors else None
         if key not in layout or found != layout[key]:
@@ -311,11 +316,11 @@ def _check_tensors(file: str, tensors: Mapping[str, torch.Tensor], layout: Mappi
             raise CheckpointMismatchError(f"`{file}` holds NaN or Inf in `{key}`. Resume from another round.")
 
 
-def _flatten(deltas: Mapping[str, LowRankDelta]) -> dict[str, torch.Tensor]:
+def flatten(deltas: Mapping[str, LowRankDelta]) -> dict[str, torch.Tensor]:
     return {f"{factor}/{name}": getattr(delta, factor) for name, delta in deltas.items() for factor in ("A", "B")}
 
 
-def _unflatten(tensors: Mapping[str, torch.Tensor], scalings: Mapping[str, float]) -> dict[str, LowRankDelta]:
+def unflatten(tensors: Mapping[str, torch.Tensor], scalings: Mapping[str, float]) -> dict[str, LowRankDelta]:
     A, B = _with_prefix(tensors, "A/"), _with_prefix(tensors, "B/")
     return {name: LowRankDelta(A[name], B[name], scalings[name]) for name in A}
 

@@ -22,10 +22,11 @@ class LayerExactness:
     """Frobenius norms for one layer and one round, float64.
 
     Args:
-        change: Norm of the ideal change of the effective weight, `sum w_i (W + dW_i) - (W + dW)`; 0 where it is
-            nothing but float64 rounding.
+        change: Norm of the ideal change of the effective weight, `sum w_i (W_i + dW_i) - (W + dW)`; 0 where it is
+            nothing but rounding. `W_i` is `W` but for clients that keep factors of their own.
         error: Norm of (effective weight that is installed - ideal effective weight).
-        fedit: Norm of (effective weight that FedIT would have installed - ideal effective weight).
+        fedit: Norm of (effective weight that FedIT would have installed - ideal effective weight): the base weight
+            common to all clients with the averaged factors, and no residual, whatever the method assigns.
         resolution: Norm below which the base weight's own dtype resolves nothing. Where nothing should have changed,
             a ratio has no denominator: an error up to this counts as 0, one above as infinite.
     """
@@ -95,16 +96,23 @@ def measure_exactness(
     layers = {}
     for name, site in adapted.sites.items():
         factors = [update.adapters[name] for update in updates]
-        # Relative to the base weight that the clients trained on, which is the same in all terms.
+        # Relative to the base weight that is common to the clients.
         ideal, start = site.dense(weighted_sum(factors, weights)), site.dense(before.adapters[name])
         weight = site.base_weight.detach().cpu()
-        added = weight.double() - adapted.base_weight_at(name, ledger_before).double()
+        common = adapted.base_weight_at(name, ledger_before).double()
+        resolution = torch.finfo(weight.dtype).eps * _norm(weight.double())
+        noise = NOISE * (_norm(ideal) + _norm(start))
+        for update, share in zip(updates, weights.tolist(), strict=True):
+            if name in update.offsets:  # as this client's base weight held it, rounded
+                own = adapted.base_weight_at(name, ledger_before, update.offsets[name])
+                ideal += share * (own.double() - common)
+                noise = max(noise, resolution)
         change = _norm(ideal - start)
         layers[name] = LayerExactness(
-            change=change if change > NOISE * (_norm(ideal) + _norm(start)) else 0.0,
-            error=_norm(site.dense(site.read()) + added - ideal),
+            change=change if change > noise else 0.0,
+            error=_norm(site.dense(site.read()) + (weight.double() - common) - ideal),
             fedit=_norm(site.dense(mean_factors(factors, weights)) - ideal),
-            resolution=torch.finfo(weight.dtype).eps * _norm(weight.double()),
+            resolution=resolution,
         )
     return Exactness(layers)
 

@@ -20,6 +20,7 @@ from fedex_hf.aggregators import Aggregator
 from fedex_hf.base_model import AdaptedModel
 from fedex_hf.callbacks import FederatedCallback
 from fedex_hf.client import ClientRunner
+from fedex_hf.client_adapters import NOT_PUBLISHED, read_client_adapters, write_client_adapters
 from fedex_hf.evaluation import Exactness
 from fedex_hf.hub_rounds import find_round, read_exactness, write_origin
 from fedex_hf.trainer_utils import frozen_garbage_collector, was_stopped_early, without_token
@@ -175,8 +176,10 @@ class RoundTrainer(Trainer):
             raise
 
     def restore_global_state(self) -> None:
-        """Put the last good round's adapters and other tensors back into the model; its base was never left."""
+        """Put the last good round back into the model: adapters, other tensors, and the base if a client's is in."""
         self.adapted.write(self.federation.state)
+        if self.adapted.holds_offsets:
+            self.adapted.install(self.federation.ledger)
         self._holds_client = False
 
     def _finish_run(self, trial: Any, start_time: float) -> TrainOutput:
@@ -297,7 +300,9 @@ class RoundTrainer(Trainer):
             self._collect_callback_states()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             write_origin(folder / ckpt.FOLDER, self.adapted, self.exactness)
-            ckpt.save_round(folder, self.federation, self._fingerprint(), list(self.clients.datasets))
+            clients = list(self.clients.datasets)
+            write_client_adapters(folder, self.federation.client_adapters, clients)
+            ckpt.save_round(folder, self.federation, self._fingerprint(), clients)
         ckpt.rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
 
     def _checkpoint_path(self) -> Path:
@@ -321,9 +326,11 @@ class RoundTrainer(Trainer):
         """The folder of a round: `where` itself, or what was downloaded of `user/run@revision`.
 
         Raises:
-            ValueError: If optimizer states are to be kept: they stay with the clients and are never published.
+            ValueError: If optimizer states or adapters are kept by clients: these are never published.
         """
         path = find_round(where, self.args.hub_token)
+        if path != where and self.aggregator.keeps_client_adapters:
+            raise ValueError(f"`{where}` {NOT_PUBLISHED}")
         if path != where and self.args.client_optimizer_state == "keep":
             raise ValueError(
                 f"`{where}` has no optimizer states of clients: they are never published, so "
@@ -343,8 +350,12 @@ class RoundTrainer(Trainer):
 
     def _read_checkpoint(self, directory: str) -> ckpt.RoundState:
         # Optimizer states are pickles: read only where they are needed, and never from the Hub (`find_round`).
-        clients = list(self.clients.datasets) if self.args.client_optimizer_state == "keep" else None
-        return ckpt.load_round(directory, self._fingerprint(), self.adapted, clients)
+        clients = list(self.clients.datasets)
+        with_optimizers = clients if self.args.client_optimizer_state == "keep" else None
+        federation = ckpt.load_round(directory, self._fingerprint(), self.adapted, with_optimizers)
+        if self.aggregator.keeps_client_adapters:
+            federation.client_adapters = read_client_adapters(directory, self.adapted, clients)
+        return federation
 
     def _fingerprint(self) -> dict[str, Any]:
         if self._cached_fingerprint is None:

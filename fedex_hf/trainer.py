@@ -17,6 +17,7 @@ from fedex_hf.aggregators import Aggregator, get_aggregator
 from fedex_hf.base_model import AdaptedModel
 from fedex_hf.callbacks import ClientBridge
 from fedex_hf.client import ClientRunner, FitPlan
+from fedex_hf.client_adapters import install_client
 from fedex_hf.evaluation import Exactness, measure_exactness
 from fedex_hf.hub_rounds import load_round_model
 from fedex_hf.publishing import PublishingTrainer
@@ -26,6 +27,7 @@ from fedex_hf.updates import ClientUpdate, GlobalUpdate, payload_bytes
 from fedex_hf.validation import (
     client_datasets,
     refuse_federation_kwargs,
+    refuse_kept_adapters,
     refuse_overrides,
     refuse_peft_config,
     refuse_prebuilt_optimizer,
@@ -97,6 +99,8 @@ class FederatedTrainer(PublishingTrainer):
         refuse_prebuilt_optimizer(optimizers)
         refuse_federation_kwargs(client_trainer_kwargs or {})
         clients = client_datasets(train_dataset, args)
+        self.aggregator = _resolve_aggregator(args, aggregator)
+        refuse_kept_adapters(self.aggregator)
         continued = None
         if isinstance(model, str):
             self.args = args
@@ -106,7 +110,6 @@ class FederatedTrainer(PublishingTrainer):
             refuse_peft_config(model, peft_config)
             set_seed(args.seed)
             model = get_peft_model(model, peft_config)
-        self.aggregator = _resolve_aggregator(args, aggregator)
         self.adapted = AdaptedModel(model, changes_base=self.aggregator.changes_base)
         self.aggregator.configure_model(model)
         shared = {
@@ -247,11 +250,15 @@ class FederatedTrainer(PublishingTrainer):
     def fit_client(self, client_id: str, round: int) -> ClientUpdate:
         """One client's local fit from the global state; the model is left holding the client's weights.
 
+        A client with factors of its own starts from them, with an offset in the base weights that makes the effective
+        weights the global ones.
+
         Raises:
             NonFiniteUpdateError: If the result holds NaN or Inf.
         """
         self.restore_global_state()
         self._holds_client = True
+        offsets = install_client(self.adapted, self.federation, client_id)
         plan = FitPlan(
             round=round,
             num_rounds=self.args.num_rounds,
@@ -273,6 +280,7 @@ class FederatedTrainer(PublishingTrainer):
             adapters=trained.adapters,
             tensors=trained.tensors,
             metrics={"train_loss": output.training_loss, "steps": output.global_step},
+            offsets=offsets,
         )
         update.check_finite()
         if self.args.client_optimizer_state == "keep":
@@ -295,6 +303,7 @@ class FederatedTrainer(PublishingTrainer):
         self.adapted.write(state)
         self.adapted.install(ledger)
         self.federation.state, self.federation.ledger = state, ledger
+        self.federation.client_adapters = {**self.federation.client_adapters, **update.client_adapters}
         self.federation.optimizer_states = self.federation.optimizer_states | self._new_optimizer_states
         self._new_optimizer_states = {}
 
@@ -304,7 +313,6 @@ class FederatedTrainer(PublishingTrainer):
         """What a round logs. Bytes are those of one client in each direction, the same for all."""
         weights = self.client_weights(updates)
         loss = sum(weight * each.metrics["train_loss"] for weight, each in zip(weights, updates, strict=True))
-        factors = self.aggregator.trained_factors
         metrics = {
             "round": self.federation.round,
             "train_loss": loss / sum(weights),
@@ -312,8 +320,8 @@ class FederatedTrainer(PublishingTrainer):
             "num_examples": sum(update.num_examples for update in updates),
             "aggregation_error": exactness.aggregation_error,
             "fedit_deviation": exactness.fedit_deviation,
-            "bytes_up_per_client": payload_bytes(updates[0], factors),
-            "bytes_down_per_client": payload_bytes(update, factors),
+            "bytes_up_per_client": payload_bytes(updates[0], self.aggregator.trained_factors),
+            "bytes_down_per_client": payload_bytes(update, self.aggregator.returned_factors),
         }
         if self.args.log_layer_exactness:
             for layer, norms in exactness.layers.items():

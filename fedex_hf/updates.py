@@ -72,6 +72,8 @@ class ClientUpdate:
         adapters: Layer name -> the client's LoRA factors after training, on the CPU.
         tensors: Parameter name -> every other trained parameter (heads, biases, trained tokens), on the CPU.
         metrics: What the local fit measured, such as `train_loss`.
+        offsets: Layer name -> what this client's base weight held during the fit beyond the common one; empty for a
+            client that started from the global factors. Server and client both know it, so it does not travel.
     """
 
     client_id: str
@@ -80,6 +82,7 @@ class ClientUpdate:
     adapters: Mapping[str, LowRankDelta]
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    offsets: Mapping[str, LowRankDelta] = field(default_factory=dict)
 
     def check_finite(self) -> None:
         """Refuse an update that would poison the average.
@@ -106,11 +109,14 @@ class GlobalUpdate:
         tensors: Parameter name -> averaged remaining parameters.
         residuals: Layer name -> what to add to the frozen base weight (float32 factors); empty for a method that
             changes no base weight.
+        client_adapters: Client -> the factors that it goes on from instead of `adapters`, which it holds already, so
+            they do not travel; empty for a method after which all clients hold the same.
     """
 
     adapters: Mapping[str, LowRankDelta]
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     residuals: Mapping[str, LowRankDelta] = field(default_factory=dict)
+    client_adapters: Mapping[str, Mapping[str, LowRankDelta]] = field(default_factory=dict)
 
 
 def payload_bytes(update: ClientUpdate | GlobalUpdate, trained_factors: tuple[str, ...] = ("A", "B")) -> int:
@@ -118,7 +124,7 @@ def payload_bytes(update: ClientUpdate | GlobalUpdate, trained_factors: tuple[st
 
     Args:
         update: What is sent, in either direction.
-        trained_factors: `("A", "B")`, or the one factor that a method trains; the frozen one never travels.
+        trained_factors: The factors that travel: `("A", "B")`, or the one that a method trains, or none.
     """
     adapters = sum(getattr(delta, factor).nbytes for delta in update.adapters.values() for factor in trained_factors)
     tensors = sum(tensor.nbytes for tensor in update.tensors.values())

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
+from fedex_hf.aggregators import Aggregator
 from fedex_hf.base_model import check_peft_type
 from fedex_hf.partition import partition_dataset
 from fedex_hf.training_args import FederatedTrainingArguments
@@ -112,6 +113,19 @@ def refuse_prebuilt_optimizer(optimizers: tuple[Any, Any]) -> None:
             f"`optimizers` holds {given}. Every local fit builds its own optimizer and schedule, so the state of a "
             "pre-built one would be discarded. Pass `optimizer_cls_and_kwargs=(cls, kwargs)`, or set `optim` and "
             "`lr_scheduler_type` in the arguments; for a `Trainer` that has already trained, build a new one first."
+        )
+
+
+def refuse_kept_adapters(aggregator: Aggregator) -> None:
+    """Refuse a method whose clients keep their factors and whose base weights would not be checked to hold offsets.
+
+    Raises:
+        ValueError: If it says `keeps_client_adapters` without `changes_base`.
+    """
+    if aggregator.keeps_client_adapters and not aggregator.changes_base:
+        raise ValueError(
+            f"`{type(aggregator).__name__}` says `keeps_client_adapters` without `changes_base = True`. Clients that "
+            "keep their factors need an offset in their base weight, which has to be able to hold it."
         )
 
 

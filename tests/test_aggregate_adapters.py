@@ -420,6 +420,12 @@ def test_a_tied_weight_is_refused_by_its_names(tmp_path: Path, format: str) -> N
         run(team, tmp_path / "out", format=format)
 
 
+def test_an_assignment_that_gives_each_client_its_own_base_is_refused(teams: dict[str, Team], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="adapter directories do not say which"):
+        run(teams["llama"], tmp_path / "out", aggregator_kwargs={"assignment": "keep"})
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_weight_that_the_base_does_not_hold_is_refused_by_its_name(tmp_path: Path) -> None:
     team = write_team(tmp_path, "llama")
     path = team.base / "model.safetensors"

@@ -30,6 +30,19 @@ class Aggregator(ABC):
     trained_factors: ClassVar[tuple[str, ...]] = ("A", "B")
     changes_base: ClassVar[bool] = False
 
+    @property
+    def keeps_client_adapters(self) -> bool:
+        """Whether clients go on from factors of their own (`GlobalUpdate.client_adapters`).
+
+        Such a method needs `changes_base`, and has to take the clients' `offsets` into its residuals.
+        """
+        return False
+
+    @property
+    def returned_factors(self) -> tuple[str, ...]:
+        """The LoRA factors that the server sends back: those that clients send, unless a method says otherwise."""
+        return self.trained_factors
+
     def configure_model(self, model: torch.nn.Module) -> None:  # noqa: B027  most methods need no preparation
         """Prepare the model once before the first round, for example by freezing a factor. Default: nothing."""
 
@@ -47,8 +60,22 @@ class Aggregator(ABC):
             The new global factors in the dtype of `factors`, and the residual to add to the base weight (or `None`).
         """
 
+    def assign(
+        self, update: GlobalUpdate, updates: Sequence[ClientUpdate], client_weights: torch.Tensor
+    ) -> GlobalUpdate:
+        """Decide what the clients go on from, once all layers are aggregated. Default: the aggregated factors.
+
+        Args:
+            update: What `aggregate_layer` made of every layer, and the averaged other tensors.
+            updates: The round's updates.
+            client_weights: Tensor of shape `(k,)`, float64, positive, sum 1.
+        """
+        return update
+
     def aggregate(self, updates: Sequence[ClientUpdate], client_weights: Sequence[float]) -> GlobalUpdate:
         """Aggregate a round: every adapted layer by `aggregate_layer`, every other tensor by the weighted mean.
+
+        `assign` then has the last word.
 
         Args:
             updates: At least one client's update; all name the same layers and tensors with the same shapes.
@@ -75,7 +102,7 @@ class Aggregator(ABC):
             name: weighted_mean([update.tensors[name] for update in updates], weights).to(tensor.dtype)
             for name, tensor in updates[0].tensors.items()
         }
-        return GlobalUpdate(adapters=adapters, tensors=tensors, residuals=residuals)
+        return self.assign(GlobalUpdate(adapters=adapters, tensors=tensors, residuals=residuals), updates, weights)
 
 
 def normalise(client_weights: Sequence[float], num_updates: int) -> torch.Tensor:

@@ -10,6 +10,8 @@ the scaling, bars for weighted means:
 The paper bounds the residual's rank by k r. The k centred factors obey one linear relation, `sum w_i (B_i - B̄) = 0`,
 so the rank is at most (k - 1) r. `_contrasts` uses this: an orthonormal change of basis over the clients leaves k - 1
 pairs of factors with the same sum of products, so no m x n matrix and no decomposition is needed.
+
+The paper's other two assignments (section 5, Table 4) rearrange this result: see `assignments.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from collections.abc import Sequence
 
 import torch
 
+from fedex_hf.aggregators.assignments import ASSIGNMENTS, keep, reinitialise
 from fedex_hf.aggregators.base import Aggregator, mean_factors, weighted_mean
 from fedex_hf.low_rank import compress, concatenate
-from fedex_hf.updates import LowRankDelta
+from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
 
 
 class FedExAggregator(Aggregator):
@@ -29,9 +32,13 @@ class FedExAggregator(Aggregator):
     Args:
         residual_rank: Send only the best approximation of this rank of each layer's residual (paper, eqs. 17, 18);
             `None` sends all of it, which is exact.
+        assignment: What clients go on from (paper, section 5), exact in every case. `"average"` is FedEx-LoRA: `Ā`
+            and `B̄`. `"reinitialise"`: a fresh `A` and `B = 0`, with the whole update in the base. `"keep"`: each
+            client's own `A_i` and `B_i`, with an offset in its copy of the base.
+        seed: Of the fresh `A` with `"reinitialise"`, beside the round and the layer.
 
     Raises:
-        ValueError: If `residual_rank` is not positive.
+        ValueError: If `residual_rank` is not positive, `assignment` is unknown, or one would have no effect.
 
     Example:
         >>> factors = [LowRankDelta(torch.randn(2, 6), torch.randn(5, 2), 2.0) for _ in range(3)]
@@ -45,15 +52,41 @@ class FedExAggregator(Aggregator):
     name = "fedex"
     paper = "https://arxiv.org/abs/2410.09432"
     changes_base = True
+    assignment: str = "average"
 
-    def __init__(self, residual_rank: int | None = None) -> None:
+    def __init__(self, residual_rank: int | None = None, assignment: str = "average", seed: int = 0) -> None:
         if residual_rank is not None and (not isinstance(residual_rank, int) or residual_rank < 1):
             raise ValueError(
                 f"`residual_rank={residual_rank!r}`. Allowed: a positive integer, or `None` for the exact residual. "
                 "For no residual at all use the aggregator `fedit`."
             )
+        _check_assignment(assignment, residual_rank, seed)
         self.residual_rank = residual_rank
         self.is_exact = residual_rank is None
+        # What an instance holds tells runs apart, and checkpoints from before the other assignments lack these.
+        if assignment != "average":
+            self.assignment = assignment
+        if assignment == "reinitialise":
+            self.seed = seed
+
+    @property
+    def keeps_client_adapters(self) -> bool:
+        """With `"keep"`."""
+        return self.assignment == "keep"
+
+    @property
+    def returned_factors(self) -> tuple[str, ...]:
+        """None with `"reinitialise"`: clients draw `A` themselves, from what they know, and `B` is zero."""
+        return () if self.assignment == "reinitialise" else self.trained_factors
+
+    def assign(
+        self, update: GlobalUpdate, updates: Sequence[ClientUpdate], client_weights: torch.Tensor
+    ) -> GlobalUpdate:
+        if self.assignment == "reinitialise":
+            return reinitialise(update, self.seed, updates[0].round)
+        if self.assignment == "keep":
+            return keep(update, updates, client_weights)
+        return update
 
     def aggregate_layer(
         self, factors: Sequence[LowRankDelta], client_weights: torch.Tensor
@@ -69,6 +102,22 @@ class FedExAggregator(Aggregator):
         elif residual.rank > min(residual.B.shape[0], residual.A.shape[1]):
             residual = compress(residual)  # many clients: no update needs more factors than its smaller side
         return mean, residual
+
+
+def _check_assignment(assignment: str, residual_rank: int | None, seed: int) -> None:
+    if assignment not in ASSIGNMENTS:
+        raise ValueError(f"`assignment={assignment!r}` is unknown. Allowed: {', '.join(map(repr, ASSIGNMENTS))}.")
+    if residual_rank is not None and assignment != "average":
+        raise ValueError(
+            f"`residual_rank={residual_rank}` with `assignment={assignment!r}`: the paper truncates the residual of "
+            'averaged factors, and here the residual holds much more than that. Use `assignment="average"`, or '
+            "`residual_rank=None`."
+        )
+    if type(seed) is not int or (seed != 0 and assignment != "reinitialise"):
+        raise ValueError(
+            f"`seed={seed!r}` with `assignment={assignment!r}`. Allowed: an integer, and only with "
+            '`assignment="reinitialise"`, which alone draws anything.'
+        )
 
 
 def exact_residual(factors: Sequence[LowRankDelta], client_weights: torch.Tensor) -> LowRankDelta:
