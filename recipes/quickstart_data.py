@@ -14,15 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetDict,
-    Features,
-    Value,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from fedex_hf.tasks.data import DataError, load_data, quoted
 
 
 # The topics follow the chapters of the Python Library Reference. Modules that one of Python 3.10 to 3.13 lacks are
@@ -47,11 +41,6 @@ TEST_SHARE, VALIDATION_SHARE = 0.15, 0.06
 _NAMES = sorted({module.lstrip("_") for modules in TOPICS.values() for module in modules.split()})
 _HIDDEN = re.compile(r"\b_*(?:" + "|".join(_NAMES) + r")\b", re.IGNORECASE)
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tsv": "csv"}
-
-
-class DataError(ValueError):
-    """A dataset that cannot be used as given; the message says what to do."""
 
 
 # ---- Docstrings of the standard library ----
@@ -138,13 +127,11 @@ def load_own(
     Raises:
         DataError: If the dataset is not found, is empty, or its columns are missing or of another kind.
     """
-    loaded = _load(name, config)
-    if isinstance(loaded, Dataset):
-        loaded = DatasetDict(train=loaded)
+    loaded = load_data(name, config)
     if len(loaded) == 1:
         loaded = DatasetDict(train=next(iter(loaded.values())))
     if "train" not in loaded:
-        raise DataError(f"`{name}` has the splits {_quoted(loaded)}, but no `train`. Rename one of them.")
+        raise DataError(f"`{name}` has the splits {quoted(loaded)}, but no `train`. Rename one of them.")
     splits = {"train": _two_columns(loaded["train"], text_column, label_column, f"{name}, split train")}
     for split, aliases in (("validation", ("validation", "valid", "dev")), ("test", ("test",))):
         found = next((alias for alias in aliases if alias in loaded), None)
@@ -153,30 +140,12 @@ def load_own(
     return _complete(_same_classes(splits, name), seed)
 
 
-def _load(name: str, config: str | None) -> Dataset | DatasetDict:
-    path = Path(name)
-    if path.is_file():
-        if path.suffix.lower() not in _BUILDERS:
-            raise DataError(f"`{name}` has the suffix `{path.suffix}`. Allowed: {_quoted(sorted(_BUILDERS))}.")
-        separator = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-        return load_dataset(_BUILDERS[path.suffix.lower()], data_files=str(path), **separator)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return load_from_disk(name)
-    try:
-        return load_dataset(name, config)
-    except Exception as error:  # of many kinds: no such repository, no network, no data files, bad configuration
-        raise DataError(
-            f"`--dataset_name {name}` is neither a local file or folder with data nor a dataset that the Hub gives: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-
 def _two_columns(dataset: Dataset, text_column: str, label_column: str, where: str) -> Dataset:
     """Check both columns, then select and rename them to `text` and `label`."""
     for flag, column in (("text_column", text_column), ("label_column", label_column)):
         if column not in dataset.column_names:
             raise DataError(
-                f"{where}: no column `{column}`. There are {_quoted(dataset.column_names)}; name one with `--{flag}`."
+                f"{where}: no column `{column}`. There are {quoted(dataset.column_names)}; name one with `--{flag}`."
             )
         if any(value is None for value in dataset[column]):
             raise DataError(f"{where}: column `{column}` has missing values. Drop those rows.")
@@ -212,7 +181,7 @@ def _same_classes(splits: dict[str, Dataset], name: str) -> DatasetDict:
         )
     for split, dataset in splits.items():
         if unknown := set(dataset["label"]) - set(names):
-            raise DataError(f"`{name}`: the split `{split}` has classes that train lacks: {_quoted(sorted(unknown))}.")
+            raise DataError(f"`{name}`: the split `{split}` has classes that train lacks: {quoted(sorted(unknown))}.")
     features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
     return DatasetDict({split: dataset.cast(features) for split, dataset in splits.items()})
 
@@ -231,7 +200,3 @@ def _complete(splits: DatasetDict, seed: int) -> DatasetDict:
 
 def _by_number(name: str) -> tuple[bool, Any]:
     return (False, int(name)) if name.lstrip("-").isdigit() else (True, name)
-
-
-def _quoted(names: Any) -> str:
-    return ", ".join(f"`{name}`" for name in names)

@@ -12,17 +12,11 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from transformers import ProgressCallback
+
+from fedex_hf.comparison.looks import KNOWN_STYLES as STYLES
+from fedex_hf.comparison.looks import LABELS
 
 
-LABELS = {"fedex": "FedEx-LoRA", "fedit": "FedIT", "ffa": "FFA-LoRA", "centralized": "centralized LoRA"}
-# Okabe and Ito's colours, which colour-blind readers can tell apart; the marker says the same again.
-STYLES = {
-    "fedex": ("#0072B2", "o"),
-    "fedit": ("#D55E00", "s"),
-    "ffa": ("#009E73", "^"),
-    "centralized": ("#555555", "D"),
-}
 TABLE_HEAD = (
     "method",
     "test accuracy",
@@ -52,35 +46,6 @@ class Result:
     def largest(self, key: str) -> float:
         """Largest value over the rounds."""
         return max(each[key] for each in self.rounds)
-
-
-class RoundLines(ProgressCallback):
-    """The usual progress bar over the whole federation, with one readable line per round instead of raw logs."""
-
-    def __init__(self, method: str) -> None:
-        super().__init__()
-        self.method = method
-        self.round: dict[str, float] = {}
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        """Show no second bar inside a run."""
-        if self.training_bar is None:
-            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Keep the round's own log, and print it once the evaluation that follows has come."""
-        logs = logs or {}
-        if "aggregation_error" in logs:
-            self.round = dict(logs)
-        if "eval_accuracy" not in logs or self.training_bar is None:
-            return
-        line = (
-            f"{LABELS[self.method]}, round {self.round['round']:.0f}/{args.num_rounds}: "
-            f"train loss {self.round['train_loss']:.3f}, validation accuracy {logs['eval_accuracy']:.3f}"
-        )
-        if self.method != "centralized":
-            line += f", aggregation error {self.round['aggregation_error']:.1e}"
-        self.training_bar.write(line)
 
 
 def rounds_of(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:

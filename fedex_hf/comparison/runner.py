@@ -1,0 +1,400 @@
+"""Runs every method on every task with every seed, from identical starts and splits, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import peft
+import torch
+import transformers
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PrinterCallback, ProgressCallback
+
+from fedex_hf import FederatedTrainer, FederatedTrainingArguments, partition_dataset
+from fedex_hf.checkpoint import checkpoints_in
+from fedex_hf.comparison.arguments import ComparisonArguments, RecipeError, RecipeTrainingArguments
+from fedex_hf.comparison.methods import Method
+from fedex_hf.comparison.progress import LayerDeviations, RoundLines
+from fedex_hf.comparison.report import write_report
+from fedex_hf.comparison.results import BestRound, RoundResult, Run, RunResult, write_json, write_results
+from fedex_hf.comparison.task import Task
+
+
+RESULT = "result.json"
+SETTINGS = "settings.json"
+EVERYONE = "everyone"  # the one client of centralized training
+# Arguments that may differ between the runs of one comparison, or that change no number.
+_FREE = {
+    "output_dir", "run_name", "disable_tqdm", "report_to", "log_level", "log_level_replica", "log_on_each_node",
+    "logging_strategy", "logging_steps", "logging_first_step", "dataloader_num_workers", "preprocessing_num_workers",
+    "aggregators", "aggregator", "aggregator_kwargs", "seeds", "seed", "local_epochs", "best_on_validation",
+    "save_strategy", "save_steps", "save_total_limit", "log_layer_exactness", "dataloader_pin_memory",
+    "per_device_eval_batch_size", "local_rank", "ddp_backend", "project",
+}  # fmt: skip
+
+
+class ComparisonError(RecipeError):
+    """The comparison cannot start, or its runs would not be comparable; the message says what to do."""
+
+
+def compare(
+    tasks: Sequence[Task],
+    comparison: ComparisonArguments,
+    training: RecipeTrainingArguments,
+    settings: Mapping[str, Any],
+) -> list[RunResult]:
+    """Run what is not finished yet, then write `results.json`, `results.md` and the plots.
+
+    Every run has a folder of its own below `output_dir/runs`, with its checkpoints, and a `result.json` once it is
+    finished. A comparison that was stopped goes on with the same command; further methods and seeds can be added.
+
+    Args:
+        tasks: What is compared on.
+        comparison: Methods and seeds.
+        training: Arguments of every run.
+        settings: Everything else that decides the numbers; written into `results.json`, and must stay the same in one
+            `output_dir`.
+
+    Returns:
+        All finished runs of `output_dir`, those of earlier commands included.
+
+    Raises:
+        ComparisonError: If `output_dir` holds runs with other settings, the clients cannot be formed, or two methods
+            would start from different states.
+    """
+    check_training(training, comparison)
+    output_dir = Path(str(training.output_dir))
+    settings = settings_of(comparison, training, settings)
+    runs = [
+        (task, Method.parse(name), Run(task.name, name, seed, epochs))
+        for seed in comparison.seeds
+        for task in tasks
+        for epochs in comparison.local_epochs or [training.num_train_epochs]
+        for name in comparison.aggregators
+    ]
+    for task in tasks:
+        for seed in comparison.seeds:
+            split_over_clients(task, training, seed)
+    state = PartialState()
+    if state.is_main_process:
+        check_settings(output_dir, settings)
+    state.wait_for_everyone()
+    for number, (task, method, run) in enumerate(runs, start=1):
+        folder = output_dir / run.folder
+        if (folder / RESULT).is_file():
+            continue
+        if state.is_main_process:
+            print(f"\n[{number}/{len(runs)}] {describe(run)}", flush=True)
+        result = execute(task, method, run, training, comparison, folder)
+        if state.is_main_process:
+            check_comparable(result, finished(output_dir))
+            write_json(folder / RESULT, asdict(result))
+        state.wait_for_everyone()
+    results = finished(output_dir)
+    if state.is_main_process:
+        write_results(output_dir / "results.json", results, settings, machine())
+        written = write_report(results, output_dir)
+        print(f"\n{(output_dir / 'results.md').read_text(encoding='utf-8')}")
+        print(f"Written into {output_dir}: results.json, {', '.join(path.name for path in written)}.", flush=True)
+    state.wait_for_everyone()
+    return results
+
+
+def execute(
+    task: Task,
+    method: Method,
+    run: Run,
+    training: RecipeTrainingArguments,
+    comparison: ComparisonArguments,
+    folder: Path,
+) -> RunResult:
+    """One run: train, or go on after the last whole round, then test the last and the best round."""
+    clients, data_digest = split_over_clients(task, training, run.seed)
+    args = run_arguments(task, method, run, training, comparison, folder)
+    layers = LayerDeviations()
+    trainer = FederatedTrainer(
+        model=task.make_model(run.seed),
+        args=args,
+        train_dataset={EVERYONE: task.train} if method.is_centralized else clients,
+        eval_dataset=task.validation,
+        peft_config=task.peft_config,
+        aggregator=method.make(),
+        client_trainer_cls=task.client_trainer_cls,
+        callbacks=[layers],
+        **task.trainer_kwargs,
+    )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(RoundLines(describe(run), task.validation_metric, not method.is_centralized))
+    start = digest_of_state(trainer)
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=bool(checkpoints_in(folder)) or None)
+    seconds = time.perf_counter() - began
+    layers = next(each for each in trainer.callback_handler.callbacks if isinstance(each, LayerDeviations))
+    rounds = rounds_of(trainer.state.log_history, layers)
+    test = dict(task.test(trainer, _outputs(folder / "last_round")))
+    best = None
+    if comparison.best_on_validation:
+        best = test_best(task, trainer, rounds, test, folder)
+    return RunResult(
+        run=run,
+        metric=task.metric,
+        validation_metric=task.validation_metric,
+        greater_is_better=task.greater_is_better,
+        test=test,
+        best_on_validation=best,
+        rounds=rounds,
+        start=start,
+        data=data_digest,
+        seconds=seconds,
+    )
+
+
+def test_best(
+    task: Task, trainer: FederatedTrainer, rounds: Sequence[RoundResult], last: dict[str, float], folder: Path
+) -> BestRound:
+    """Test the round that was best on the validation split; the first of equals, as `Trainer` has it."""
+    sign = 1 if task.greater_is_better else -1
+    best = max(rounds, key=lambda each: (sign * each.validation[task.validation_metric], -each.round))
+    value = best.validation[task.validation_metric]
+    if best.round == rounds[-1].round:
+        return BestRound(best.round, value, last)
+    trainer._load_best_model()
+    if trainer.federation.round != best.round:
+        raise ComparisonError(
+            f"The checkpoint of round {best.round}, the best on the validation split, is gone from `{folder}`; round "
+            f"{trainer.federation.round} is there. Delete the folder and run it again."
+        )
+    return BestRound(best.round, value, dict(task.test(trainer, _outputs(folder / "best_on_validation"))))
+
+
+def run_arguments(
+    task: Task,
+    method: Method,
+    run: Run,
+    training: RecipeTrainingArguments,
+    comparison: ComparisonArguments,
+    folder: Path,
+) -> FederatedTrainingArguments:
+    """The same arguments for every run, but for what makes it this one.
+
+    Centralized LoRA is a federation of one client that holds everything, keeps its optimizer and stretches its
+    schedule over all rounds: one training run that is evaluated as often as the others.
+    """
+    changed: dict[str, Any] = {
+        "output_dir": str(folder),
+        "run_name": f"{training.output_dir}/{run.folder}",
+        "seed": run.seed,
+        "num_train_epochs": run.local_epochs,
+        "num_clients": None,
+        "partition_by": None,
+        "dirichlet_alpha": None,
+    }
+    if method.is_centralized:
+        changed |= {
+            "client_optimizer_state": "keep",
+            "lr_schedule": "run",
+            "client_fraction": 1.0,
+            "min_clients": 1,
+        }
+    if comparison.best_on_validation:
+        changed |= {
+            "metric_for_best_model": f"eval_{task.validation_metric}",
+            "greater_is_better": task.greater_is_better,
+        }
+    return FederatedTrainingArguments.from_training_args(training, **changed)
+
+
+def split_over_clients(task: Task, training: RecipeTrainingArguments, seed: int) -> tuple[dict[str, Dataset], str]:
+    """Who holds which training examples: a function of the task, the partition's arguments and the seed.
+
+    Returns:
+        The clients' datasets, and a SHA-256 of the rows that each holds.
+    """
+    column = task.partition_by or training.partition_by
+    values = {} if column is None else {column: task.train[column][:]}
+    rows = Dataset.from_dict({"row": list(range(len(task.train))), **values})
+    try:
+        parts = partition_dataset(
+            rows,
+            training.num_clients,
+            partition_by=column if training.dirichlet_alpha is not None else training.partition_by,
+            dirichlet_alpha=training.dirichlet_alpha,
+            seed=seed,
+        )
+    except (ValueError, TypeError) as error:
+        raise ComparisonError(f"The clients of task `{task.name}` cannot be formed: {error}") from error
+    held = {client_id: part["row"][:] for client_id, part in parts.items()}
+    digest = hashlib.sha256((digest_of_rows(task.train) + json.dumps(held)).encode()).hexdigest()
+    return {client_id: task.train.select(rows) for client_id, rows in held.items()}, digest
+
+
+def digest_of_rows(dataset: Dataset) -> str:
+    """SHA-256 of a dataset's values, whatever way it was made."""
+    digest = hashlib.sha256()
+    for batch in dataset.with_format("arrow").iter(batch_size=1000):
+        digest.update(repr(batch.to_pydict()).encode())
+    return digest.hexdigest()
+
+
+def check_training(training: RecipeTrainingArguments, comparison: ComparisonArguments) -> None:
+    """Refuse arguments that a comparison of many runs cannot follow.
+
+    Raises:
+        ComparisonError: The message says what to do.
+    """
+    if training.push_to_hub:
+        raise ComparisonError(
+            "`push_to_hub` would publish every run of the comparison into one repository. Leave it out, and publish "
+            "the run you want from its folder, with `fedex-hf push`."
+        )
+    if comparison.local_epochs is not None and training.max_steps > 0:
+        raise ComparisonError(
+            f"`max_steps={training.max_steps}` overrides epochs, so `local_epochs={comparison.local_epochs}` would "
+            "all be the same. Leave one of them out."
+        )
+    if comparison.best_on_validation and training.save_strategy == "no":
+        raise ComparisonError(
+            '`save_strategy="no"` keeps no round, so the best one on the validation split cannot be tested. Leave it '
+            "out, or say `--best_on_validation False`."
+        )
+    if training.eval_strategy != "epoch":
+        raise ComparisonError(
+            f"`eval_strategy={str(training.eval_strategy)!r}` is not supported: a comparison validates after every "
+            'round, which is "epoch".'
+        )
+    if training.load_best_model_at_end:
+        raise ComparisonError(
+            "`load_best_model_at_end` would test the best round in place of the last. Leave it out: the best round is "
+            "tested as well, under its own name."
+        )
+
+
+def settings_of(
+    comparison: ComparisonArguments, training: RecipeTrainingArguments, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What decides the numbers of a run, as JSON values."""
+    free = _FREE | ({"num_train_epochs"} if comparison.local_epochs else set())
+    own = {each.name for each in fields(training) if each.init}
+    arguments = {
+        name: value for name, value in training.to_dict().items() if name in own and not name.startswith("hub_")
+    }
+    everything = {**arguments, **settings}
+    return json.loads(json.dumps({name: value for name, value in everything.items() if name not in free}, default=str))
+
+
+def check_settings(output_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Note the settings of a new comparison, or check that an earlier one is being continued.
+
+    Raises:
+        ComparisonError: If `output_dir` holds runs with other settings; the message names them.
+    """
+    path = output_dir / SETTINGS
+    if not path.is_file():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(path, dict(settings))
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+    names = [name for name in names if not (name == "num_train_epochs" and name not in settings)]
+    if names:
+        told = [f"`{name}` was {before.get(name)!r} and is {settings.get(name)!r}" for name in names[:5]]
+        raise ComparisonError(
+            f"`{output_dir}` holds runs with other settings: {'; '.join(told)}. Go on with the same settings, or name "
+            "another `--output_dir`."
+        )
+
+
+def check_comparable(result: RunResult, others: Sequence[RunResult]) -> None:
+    """Refuse to compare methods that started from different states or saw different splits.
+
+    Raises:
+        ComparisonError: The message names both runs.
+    """
+    for other in others:
+        same_cell = (other.run.task, other.run.seed) == (result.run.task, result.run.seed)
+        if same_cell and (other.start, other.data) != (result.start, result.data):
+            what = "initial state" if other.start != result.start else "split over clients"
+            raise ComparisonError(
+                f"{describe(result.run)} and {describe(other.run)} do not have the same {what}, so they cannot be "
+                "compared. Were model, data or versions changed in between? Use another `--output_dir`."
+            )
+
+
+def finished(output_dir: Path) -> list[RunResult]:
+    """All finished runs below a folder, by task, method, epochs and seed."""
+    results = [
+        RunResult.from_json(json.loads(path.read_text(encoding="utf-8")))
+        for path in output_dir.glob(f"runs/*/*/*/*/{RESULT}")
+    ]
+    return sorted(results, key=lambda each: (each.run.task, each.run.method, each.run.local_epochs, each.run.seed))
+
+
+def rounds_of(log_history: Sequence[Mapping[str, Any]], layers: LayerDeviations) -> list[RoundResult]:
+    """Join each round's own log entry with the evaluation that follows it."""
+    rounds: list[RoundResult] = []
+    for entry in log_history:
+        if "aggregation_error" in entry:
+            number = int(entry["round"])
+            rounds.append(
+                RoundResult(
+                    round=number,
+                    train_loss=float(entry["train_loss"]),
+                    aggregation_error=float(entry["aggregation_error"]),
+                    fedit_deviation=float(entry["fedit_deviation"]),
+                    num_clients=int(entry["num_clients"]),
+                    bytes_up_per_client=float(entry["bytes_up_per_client"]),
+                    bytes_down_per_client=float(entry["bytes_down_per_client"]),
+                    seconds=float(entry["round_seconds"]),
+                    layers=layers.of(number),
+                )
+            )
+        elif rounds and not rounds[-1].validation and "eval_loss" in entry:
+            rounds[-1].validation = {
+                key.removeprefix("eval_"): float(value)
+                for key, value in entry.items()
+                if key.startswith("eval_") and not key.endswith(("runtime", "per_second", "preparation_time"))
+            }
+    return rounds
+
+
+def digest_of_state(trainer: FederatedTrainer) -> str:
+    """SHA-256 of everything the clients train, before the first round."""
+    digest, state = hashlib.sha256(), trainer.federation.state
+    tensors = {f"{name}.{factor}": getattr(delta, factor) for name, delta in state.adapters.items() for factor in "AB"}
+    for name, tensor in sorted({**tensors, **state.tensors}.items()):
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def describe(run: Run) -> str:
+    """A run in words."""
+    return f"{run.task} {run.method}, seed {run.seed}, {run.local_epochs:g} local epochs"
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions that the numbers come from."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": PartialState().num_processes,
+        "python": platform.python_version(),
+        **{each.__name__: each.__version__ for each in (torch, transformers, peft, accelerate, datasets)},
+    }
+
+
+def _outputs(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
