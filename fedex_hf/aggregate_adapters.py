@@ -132,7 +132,7 @@ def aggregate_adapters(
     if method.keeps_client_adapters:
         raise ValueError(
             f"The aggregator `{method.name}` lets every client keep its own factors on a base of its own, and adapter "
-            "directories do not say which. Aggregate with `assignment=\"average\"`, or train with `FederatedTrainer`."
+            'directories do not say which. Aggregate with `assignment="average"`, or train with `FederatedTrainer`.'
         )
     weights = normalise([1.0] * len(adapters) if client_weights is None else client_weights, len(adapters))
     final = _free_directory(output_dir)

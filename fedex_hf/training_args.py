@@ -60,7 +60,8 @@ class FederatedTrainingArguments(TrainingArguments):
         aggregator (`str`, *optional*, defaults to `"fedex"`):
             Name in `fedex_hf.AGGREGATORS`: `"fedex"`, `"fedit"`, `"ffa"`.
         aggregator_kwargs (`dict`, *optional*):
-            Arguments of the aggregator, such as `{"residual_rank": 8}` for `fedex`. As a flag: a JSON object.
+            Arguments of the aggregator, such as `{"residual_rank": 8}` or `{"assignment": "keep"}` for `fedex`. As a
+            flag: a JSON object.
         client_weighting (`"num_examples"` or `"uniform"`, *optional*, defaults to `"num_examples"`):
             Weight of a client in the average. The paper writes uniform weights in every equation.
 

@@ -23,6 +23,7 @@ from fedex_hf.comparison import (
     runner,
 )
 from fedex_hf.comparison.results import mean_and_std
+from fedex_hf.tasks import glue as glue_tasks
 
 
 ARGUMENTS = (ComparisonArguments, ModelArguments, DataArguments, RecipeTrainingArguments)
@@ -162,6 +163,24 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_numbers(lab, tmp_path, mon
         assert whole.best_on_validation == resumed.best_on_validation
         assert [each.layers for each in whole.rounds] == [each.layers for each in resumed.rounds]
         assert [each.validation for each in whole.rounds] == [each.validation for each in resumed.rounds]
+
+
+def test_a_run_that_died_in_its_test_is_tested_and_not_trained_again(lab, tmp_path, monkeypatch):
+    flags = {"output_dir": tmp_path / "out", "aggregators": "fedex", "num_rounds": 3}
+    glue.main(glue_flags(lab, **flags | {"output_dir": tmp_path / "whole"}))
+
+    def broken(trainer, tests):
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(glue_tasks, "test_metrics", broken)
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        glue.main(glue_flags(lab, **flags))
+    monkeypatch.undo()
+    monkeypatch.setattr(FederatedTrainer, "run_round", lambda self, round: pytest.fail("a round was trained again"))
+    glue.main(glue_flags(lab, **flags))
+    (whole,), (again,) = (read_results(tmp_path / name / "results.json") for name in ("whole", "out"))
+    assert (again.test, again.best_on_validation) == (whole.test, whole.best_on_validation)
+    assert [each.layers for each in again.rounds] == [each.layers for each in whole.rounds]
 
 
 def test_other_settings_need_another_folder(lab):
