@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import glue
+from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from fedex_hf.comparison import RecipeError, read_results, refusing
@@ -39,10 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         (args,) = parser.parse_args_into_dataclasses(argv)
         results, output_dir = Path(args.results), Path(args.output_dir)
     else:
-        output_dir = Path(str(glue.main(["--aggregators", "fedit", *argv])))
+        output_dir = Path(str(glue.main(argv, aggregators=["fedit"])))
         results = output_dir / "results.json"
-    with refusing():
-        report(results, output_dir)
+    if PartialState().is_main_process:
+        with refusing():
+            report(results, output_dir)
 
 
 def report(path: Path, output_dir: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from fedex_hf.comparison import (
     ComparisonArguments,
@@ -46,8 +47,13 @@ class GlueArguments:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> str:
-    """Load and check all tasks, then compare; returns the folder of the results."""
+def main(argv: Sequence[str] | None = None, **defaults: Any) -> str:
+    """Load and check all tasks, then compare; returns the folder of the results.
+
+    Args:
+        argv: Flags; those of the command line if `None`.
+        defaults: Of arguments, for a recipe that builds on this one.
+    """
     glue, comparison, model, data, training = parse_recipe(
         GlueArguments,
         ComparisonArguments,
@@ -57,17 +63,25 @@ def main(argv: Sequence[str] | None = None) -> str:
         description=__doc__.split("\n\n")[0],
         # Classification heads take the mean over their own process's rows, whatever `num_items_in_batch` says; scaled
         # for several processes on top of that (transformers 5.23), their gradient would be that many times too large.
-        defaults={"average_tokens_across_devices": False},
+        defaults={"average_tokens_across_devices": False, **defaults},
         argv=argv,
     )
     quiet()
     with refusing():
         tokenizer = load_tokenizer(model, data.max_seq_length, glue.pad_token)
         tasks = [
-            glue_task(name, load_data(glue.dataset_name, name), f"{glue.dataset_name}/{name}", tokenizer, model, data)
+            glue_task(
+                name,
+                load_data(glue.dataset_name, name),
+                f"{glue.dataset_name}/{name}",
+                tokenizer,
+                model,
+                data,
+                training.partition_by,
+            )
             for name in dict.fromkeys(glue.tasks)
         ]
-        settings = {"dataset_name": glue.dataset_name, **asdict(model), **asdict(data)}
+        settings = {"dataset_name": glue.dataset_name, "pad_token": glue.pad_token, **asdict(model), **asdict(data)}
         compare(tasks, comparison, training, settings)
     return training.output_dir
 

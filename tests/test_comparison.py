@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import glue
 import pytest
-from recipe_lab import encoder, glue_flags, glue_folder
+from recipe_lab import encoder, glue_flags, glue_folder, glue_rows, write_rows
+from safetensors.torch import load_file, save_file
 
 from fedex_hf import FederatedTrainer
 from fedex_hf.comparison import (
@@ -191,9 +193,80 @@ def test_other_settings_need_another_folder(lab):
 def test_methods_that_would_not_be_comparable_are_refused(lab):
     results = runner.finished(lab / "out")
     one, other = [r for r in results if r.run.task == "sst2" and r.run.seed == 0][:2]
-    other.start = "another"
+    runner.check_comparable(other.run, one.start, one.data, [one])
     with pytest.raises(runner.ComparisonError, match="do not have the same initial state"):
-        runner.check_comparable(other, [one])
+        runner.check_comparable(other.run, "another", one.data, [one])
+    with pytest.raises(runner.ComparisonError, match="do not have the same split over clients"):
+        runner.check_comparable(other.run, one.start, "another", [one])
+
+
+def test_other_base_weights_are_noticed_before_training(lab, tmp_path):
+    shutil.copytree(lab / "model", tmp_path / "model")
+    shutil.copytree(lab / "glue", tmp_path / "glue")
+    flags = {"dataset_name": tmp_path / "glue", "model_name_or_path": tmp_path / "model", "num_rounds": 1}
+    glue.main(glue_flags(tmp_path, aggregators="fedit", **flags))
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    save_file({name: 3 * tensor for name, tensor in weights.items()}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(SystemExit, match="do not have the same initial state"):
+        glue.main(glue_flags(tmp_path, aggregators="fedex", **flags))
+    assert not list(tmp_path.glob("out/runs/sst2/fedex/*/*/checkpoint-*"))
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_other_rows_are_noticed(lab, tmp_path, split):
+    shutil.copytree(lab / "glue" / "sst2", tmp_path / "glue" / "sst2")
+    flags = {"dataset_name": tmp_path / "glue", "model_name_or_path": lab / "model", "num_rounds": 1}
+    glue.main(glue_flags(tmp_path, aggregators="fedit", **flags))
+    path = tmp_path / "glue" / "sst2" / f"{split}.jsonl"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    with pytest.raises(SystemExit, match="`rows of sst2` was"):
+        glue.main(glue_flags(tmp_path, aggregators="fedex", seeds="1", **flags))
+
+
+def test_settings_of_a_comparison_that_never_began_do_not_stay(lab, tmp_path):
+    flags = {"output_dir": tmp_path / "out", "aggregators": "fedex", "num_rounds": 1}
+    with pytest.raises(SystemExit, match="cannot start: No modules were targeted"):
+        glue.main(glue_flags(lab, lora_target_modules="nothing", **flags))
+    glue.main(glue_flags(lab, **flags))
+    assert len(read_results(tmp_path / "out" / "results.json")) == 1
+
+
+def test_what_the_strictest_method_refuses_is_refused_before_the_first_run(lab, tmp_path):
+    flags = {"output_dir": tmp_path / "out", "aggregators": "fedit fedex", "dtype": "bfloat16"}
+    with pytest.raises(SystemExit, match=r"fedex, seed 0, 1 local epochs cannot start: .*bfloat16"):
+        glue.main(glue_flags(lab, **flags))
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_a_metric_that_is_undefined_costs_no_run(lab, tmp_path, monkeypatch):
+    """Equal predictions have no correlation: such a round is never the best, and the run's result stands."""
+    compute = glue_tasks.Predictions.__call__
+    calls = []
+
+    def undefined(self, prediction):
+        calls.append(prediction)
+        return {**compute(self, prediction), **({"accuracy": math.nan} if len(calls) != 2 else {})}
+
+    monkeypatch.setattr(glue_tasks.Predictions, "__call__", undefined)
+    glue.main(glue_flags(lab, output_dir=tmp_path / "out", aggregators="fedex", num_rounds=3))
+    (result,) = read_results(tmp_path / "out" / "results.json")
+    assert result.best_on_validation.round == 2
+    monkeypatch.setattr(glue_tasks.Predictions, "__call__", lambda self, p: {**compute(self, p), "accuracy": math.nan})
+    glue.main(glue_flags(lab, output_dir=tmp_path / "none", aggregators="fedex"))
+    (result,) = read_results(tmp_path / "none" / "results.json")
+    assert result.best_on_validation is None
+
+
+def test_a_column_of_the_user_forms_the_clients(lab, tmp_path):
+    flags = {"output_dir": tmp_path / "out", "aggregators": "fedex", "num_rounds": 1, "num_clients": None}
+    rows = [{**row, "site": f"site {row['idx'] % 3}"} for row in glue_rows("sst2", 40)]
+    write_rows(tmp_path / "glue" / "sst2" / "train.jsonl", rows)
+    write_rows(tmp_path / "glue" / "sst2" / "validation.jsonl", glue_rows("sst2", 16, seed=1))
+    glue.main(glue_flags(lab, dataset_name=tmp_path / "glue", partition_by="site", **flags))
+    (result,) = read_results(tmp_path / "out" / "results.json")
+    assert result.rounds[0].num_clients == 3
+    with pytest.raises(SystemExit, match="no column `place`"):
+        glue.main(glue_flags(lab, dataset_name=tmp_path / "glue", partition_by="place", **flags))
 
 
 def test_centralized_is_one_client_that_keeps_its_optimizer(lab):
@@ -270,7 +343,10 @@ def test_a_file_that_is_not_there_is_refused():
     [
         ({"push_to_hub": True}, "`push_to_hub` would publish every run"),
         ({"local_epochs": "1 2", "max_steps": 3}, "overrides epochs"),
-        ({"save_strategy": "no"}, "keeps no round"),
+        ({"save_strategy": "no"}, "does not keep every round"),
+        ({"save_strategy": "steps"}, "does not keep every round"),
+        ({"eval_delay": 1}, "leave rounds without validation"),
+        ({"client_fraction": 0.5, "min_clients": 2}, "cannot start: "),
         ({"eval_strategy": "no"}, "validates after every round"),
         ({"load_best_model_at_end": True}, "would test the best round"),
         ({"num_clients": 400}, "The clients of task `sst2` cannot be formed"),

@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict
 from recipe_lab import encoder, glue_flags, glue_folder, glue_rows, write_rows
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from transformers import EvalPrediction
+from transformers import AutoTokenizer, EvalPrediction
 
 from fedex_hf import FederatedTrainer
 from fedex_hf.comparison import read_results
@@ -83,10 +83,12 @@ def test_test_rows_are_the_official_validation_split_and_are_never_trained_or_ch
     monkeypatch.setattr(FederatedTrainer, "__init__", keep)
     monkeypatch.setattr(FederatedTrainer, "evaluate", watch)
     glue.main(glue_flags(lab, aggregators="fedex"))
+    tokenizer = AutoTokenizer.from_pretrained(lab / "model")
     data = load_data(str(lab / "glue"), "sst2")
-    assert len(seen["train"]) + len(seen["validation"]) == len(data["train"])
+    official = {split: [tuple(tokenizer(row["sentence"])["input_ids"]) for row in data[split]] for split in data}
+    assert sorted(seen["train"] + seen["validation"]) == sorted(official["train"])
     assert len(seen["validation"]) == 4  # a tenth
-    assert len(seen["test"]) == len(data["validation"]) == 16
+    assert seen["test"] == official["validation"]
 
 
 def test_a_missing_path_is_refused(lab):
@@ -121,7 +123,10 @@ def test_an_empty_split_is_refused(lab):
     assert "split `train`: there are no rows" in refusal(lab)
 
 
-@pytest.mark.parametrize(("label", "message"), [(2, "outside the head. Allowed: 0 to 1"), (-1, "hide their labels")])
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [(2, "outside the head. Allowed: 0 to 1"), (-1, "hide their labels"), (1.0, "outside the head"), ("1", "outside")],
+)
 def test_a_label_outside_the_head_is_refused(lab, label, message):
     write_rows(lab / "glue" / "sst2" / "validation.jsonl", [{"sentence": "good", "label": label}])
     assert message in refusal(lab)
@@ -130,6 +135,11 @@ def test_a_label_outside_the_head_is_refused(lab, label, message):
 def test_a_missing_value_is_refused(lab):
     write_rows(lab / "glue" / "sst2" / "train.jsonl", [*glue_rows("sst2", 20), {"sentence": None, "label": 1}])
     assert "column `sentence` has missing values" in refusal(lab)
+
+
+def test_a_column_of_numbers_is_no_text(lab):
+    write_rows(lab / "glue" / "sst2" / "train.jsonl", [{"sentence": 3, "label": 1}] * 20)
+    assert "column `sentence` holds" in refusal(lab)
 
 
 def test_a_score_that_is_no_number_is_refused(tmp_path):

@@ -86,7 +86,10 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     dtype: str = field(
         default="float32",
-        metadata={"help": "dtype of the base. FedEx-LoRA folds its residual into the base and needs float32."},
+        metadata={
+            "help": "dtype of the base. FedEx-LoRA folds its residual into the base and needs float32.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
     )
     lora_r: int = field(default=8, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha; updates are scaled by alpha / rank."})

@@ -57,9 +57,10 @@ class Method:
         """Whether all data lie with one client."""
         return self.name == CENTRALIZED
 
-    def make(self) -> Aggregator:
-        """A new aggregator."""
-        return get_aggregator(self.aggregator, **self.kwargs)
+    def make(self, seed: int = 0) -> Aggregator:
+        """A new aggregator; one that draws, draws by `seed` if the method was not given one of its own."""
+        drawn = {"seed": seed} if self.kwargs.get("assignment") == "reinitialise" else {}
+        return get_aggregator(self.aggregator, **{**drawn, **self.kwargs})
 
 
 def _value(text: str) -> Any:

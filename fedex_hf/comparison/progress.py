@@ -27,9 +27,24 @@ class RoundLines(ProgressCallback):
         self.show_error = show_error
         self.round: dict[str, float] = {}
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Begin the bar, if bars are wanted."""
+        if not args.disable_tqdm:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Move the bar."""
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """End the bar."""
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         """Show no second bar inside a run."""
-        if self.training_bar is None:
+        if self.training_bar is None and not args.disable_tqdm:
             super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):

@@ -107,9 +107,9 @@ class RunResult:
         test: Metrics on the test split after the last round.
         best_on_validation: The best round on the validation split, or `None` where it was not looked for.
         rounds: One entry per round.
-        start: SHA-256 of the initial adapter and head.
-        data: SHA-256 of who holds which training examples (of all of them together for `centralized`).
-        seconds: Training and validation of the whole run.
+        start: SHA-256 of the initial adapter and head, and of the frozen weights.
+        data: SHA-256 of who holds which training examples; for `centralized`, of the split that it is compared with.
+        seconds: Duration of all rounds, without validation and test; also right for a run that was resumed.
     """
 
     run: Run

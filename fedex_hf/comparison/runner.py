@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -34,13 +34,16 @@ from fedex_hf.comparison.task import Task
 RESULT = "result.json"
 SETTINGS = "settings.json"
 EVERYONE = "everyone"  # the one client of centralized training
+_ROWS = "rows of "  # begins the settings that say which data a task has
 # Arguments that may differ between the runs of one comparison, or that change no number.
 _FREE = {
     "output_dir", "run_name", "disable_tqdm", "report_to", "log_level", "log_level_replica", "log_on_each_node",
     "logging_strategy", "logging_steps", "logging_first_step", "dataloader_num_workers", "preprocessing_num_workers",
-    "aggregators", "aggregator", "aggregator_kwargs", "seeds", "seed", "local_epochs", "best_on_validation",
+    "aggregators", "aggregator", "aggregator_kwargs", "seeds", "seed", "local_epochs",
     "save_strategy", "save_steps", "save_total_limit", "log_layer_exactness", "dataloader_pin_memory",
-    "per_device_eval_batch_size", "local_rank", "ddp_backend", "project",
+    "local_rank", "ddp_backend", "ddp_timeout", "project", "dataloader_prefetch_factor", "skip_memory_metrics",
+    "dataloader_persistent_workers", "torch_empty_cache_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps",  # they enter as `total_train_batch_size`
 }  # fmt: skip
 
 
@@ -75,7 +78,7 @@ def compare(
     """
     check_training(training, comparison)
     output_dir = Path(str(training.output_dir))
-    settings = settings_of(comparison, training, settings)
+    settings = settings_of(tasks, comparison, training, settings)
     runs = [
         (task, Method.parse(name), Run(task.name, name, seed, epochs))
         for seed in comparison.seeds
@@ -90,15 +93,16 @@ def compare(
     if state.is_main_process:
         check_settings(output_dir, settings)
     state.wait_for_everyone()
+    open_runs = [(task, method, run) for task, method, run in runs if not (output_dir / run.folder / RESULT).is_file()]
+    rehearse(open_runs, training, comparison, output_dir)
     for number, (task, method, run) in enumerate(runs, start=1):
         folder = output_dir / run.folder
         if (folder / RESULT).is_file():
             continue
         if state.is_main_process:
             print(f"\n[{number}/{len(runs)}] {describe(run)}", flush=True)
-        result = execute(task, method, run, training, comparison, folder)
+        result = execute(task, method, run, training, comparison, output_dir)
         if state.is_main_process:
-            check_comparable(result, finished(output_dir))
             write_json(folder / RESULT, asdict(result))
         state.wait_for_everyone()
     results = finished(output_dir)
@@ -117,30 +121,14 @@ def execute(
     run: Run,
     training: RecipeTrainingArguments,
     comparison: ComparisonArguments,
-    folder: Path,
+    output_dir: Path,
 ) -> RunResult:
     """One run: train, or go on after the last whole round, then test the last and the best round."""
-    clients, data_digest = split_over_clients(task, training, run.seed)
-    args = run_arguments(task, method, run, training, comparison, folder)
-    layers = LayerDeviations()
-    trainer = FederatedTrainer(
-        model=task.make_model(run.seed),
-        args=args,
-        train_dataset={EVERYONE: task.train} if method.is_centralized else clients,
-        eval_dataset=task.validation,
-        peft_config=task.peft_config,
-        aggregator=method.make(),
-        client_trainer_cls=task.client_trainer_cls,
-        callbacks=[layers],
-        **task.trainer_kwargs,
-    )
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(RoundLines(describe(run), task.validation_metric, not method.is_centralized))
-    start = digest_of_state(trainer)
-    began = time.perf_counter()
+    folder = output_dir / run.folder
+    trainer, data_digest = build_trainer(task, method, run, training, comparison, output_dir)
+    start = digest_of_start(trainer)
+    check_comparable(run, start, data_digest, finished(output_dir))
     trainer.train(resume_from_checkpoint=bool(checkpoints_in(folder)) or None)
-    seconds = time.perf_counter() - began
     layers = next(each for each in trainer.callback_handler.callbacks if isinstance(each, LayerDeviations))
     rounds = rounds_of(trainer.state.log_history, layers)
     test = dict(task.test(trainer, _outputs(folder / "last_round")))
@@ -157,18 +145,79 @@ def execute(
         rounds=rounds,
         start=start,
         data=data_digest,
-        seconds=seconds,
+        seconds=sum(each.seconds for each in rounds),
     )
+
+
+def build_trainer(
+    task: Task,
+    method: Method,
+    run: Run,
+    training: RecipeTrainingArguments,
+    comparison: ComparisonArguments,
+    output_dir: Path,
+) -> tuple[FederatedTrainer, str]:
+    """The trainer of one run, and the digest of who holds which training examples.
+
+    Raises:
+        ComparisonError: If model, adapter, method and arguments do not go together.
+    """
+    clients, digest = split_over_clients(task, training, run.seed)
+    try:
+        trainer = FederatedTrainer(
+            model=task.make_model(run.seed),
+            args=run_arguments(task, method, run, training, comparison, output_dir / run.folder),
+            train_dataset={EVERYONE: task.train} if method.is_centralized else clients,
+            eval_dataset=task.validation,
+            peft_config=task.peft_config,
+            aggregator=method.make(run.seed),
+            client_trainer_cls=task.client_trainer_cls,
+            callbacks=[LayerDeviations()],
+            **task.trainer_kwargs,
+        )
+    except (ValueError, TypeError) as error:
+        raise ComparisonError(f"{describe(run)} cannot start: {error}") from error
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(RoundLines(describe(run), task.validation_metric, not method.is_centralized))
+    return trainer, digest
+
+
+def rehearse(
+    runs: Sequence[tuple[Task, Method, Run]],
+    training: RecipeTrainingArguments,
+    comparison: ComparisonArguments,
+    output_dir: Path,
+) -> None:
+    """Build one trainer per task before anything is trained, of the method that asks most of the model.
+
+    Raises:
+        ComparisonError: What the run would end with, possibly hours later.
+    """
+    strictest: dict[str, tuple[Task, Method, Run]] = {}
+    for each in runs:
+        known = strictest.get(each[0].name)
+        if known is None or (each[1].make().changes_base and not known[1].make().changes_base):
+            strictest[each[0].name] = each
+    for task, method, run in strictest.values():
+        build_trainer(task, method, run, training, comparison, output_dir)
 
 
 def test_best(
     task: Task, trainer: FederatedTrainer, rounds: Sequence[RoundResult], last: dict[str, float], folder: Path
-) -> BestRound:
-    """Test the round that was best on the validation split; the first of equals, as `Trainer` has it."""
+) -> BestRound | None:
+    """Test the round that was best on the validation split; the first of equals, as `Trainer` has it.
+
+    Returns:
+        `None` if the metric is defined after no round, as a correlation with equal predictions is not.
+    """
+    rounds = [each for each in rounds if math.isfinite(each.validation[task.validation_metric])]
+    if not rounds:
+        return None
     sign = 1 if task.greater_is_better else -1
     best = max(rounds, key=lambda each: (sign * each.validation[task.validation_metric], -each.round))
     value = best.validation[task.validation_metric]
-    if best.round == rounds[-1].round:
+    if best.round == trainer.federation.round:
         return BestRound(best.round, value, last)
     trainer._load_best_model()
     if trainer.federation.round != best.round:
@@ -222,14 +271,18 @@ def split_over_clients(task: Task, training: RecipeTrainingArguments, seed: int)
     Returns:
         The clients' datasets, and a SHA-256 of the rows that each holds.
     """
-    column = task.partition_by or training.partition_by
-    values = {} if column is None else {column: task.train[column][:]}
-    rows = Dataset.from_dict({"row": list(range(len(task.train))), **values})
+    column = training.partition_by
+    if column is None and training.dirichlet_alpha is not None:
+        column = task.partition_by
     try:
+        if column is not None and column not in task.train.column_names:
+            raise ValueError(f"the training examples have no column `{column}`, only {task.train.column_names}.")
+        values = {} if column is None else {column: task.train[column][:]}
+        rows = Dataset.from_dict({"row": list(range(len(task.train))), **values})
         parts = partition_dataset(
             rows,
             training.num_clients,
-            partition_by=column if training.dirichlet_alpha is not None else training.partition_by,
+            partition_by=column,
             dirichlet_alpha=training.dirichlet_alpha,
             seed=seed,
         )
@@ -264,10 +317,14 @@ def check_training(training: RecipeTrainingArguments, comparison: ComparisonArgu
             f"`max_steps={training.max_steps}` overrides epochs, so `local_epochs={comparison.local_epochs}` would "
             "all be the same. Leave one of them out."
         )
-    if comparison.best_on_validation and training.save_strategy == "no":
+    if comparison.best_on_validation and training.save_strategy != "epoch":
         raise ComparisonError(
-            '`save_strategy="no"` keeps no round, so the best one on the validation split cannot be tested. Leave it '
-            "out, or say `--best_on_validation False`."
+            f"`save_strategy={str(training.save_strategy)!r}` does not keep every round, so the best one on the "
+            "validation split may not be there to be tested. Leave it out, or say `--best_on_validation False`."
+        )
+    if training.eval_delay or training.prediction_loss_only:
+        raise ComparisonError(
+            "`eval_delay` and `prediction_loss_only` leave rounds without validation metrics. Leave them out."
         )
     if training.eval_strategy != "epoch":
         raise ComparisonError(
@@ -282,15 +339,28 @@ def check_training(training: RecipeTrainingArguments, comparison: ComparisonArgu
 
 
 def settings_of(
-    comparison: ComparisonArguments, training: RecipeTrainingArguments, settings: Mapping[str, Any]
+    tasks: Sequence[Task],
+    comparison: ComparisonArguments,
+    training: RecipeTrainingArguments,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What decides the numbers of a run, as JSON values."""
+    """What decides the numbers of a run, as JSON values; of the data the SHA-256 of all rows."""
     free = _FREE | ({"num_train_epochs"} if comparison.local_epochs else set())
     own = {each.name for each in fields(training) if each.init}
     arguments = {
         name: value for name, value in training.to_dict().items() if name in own and not name.startswith("hub_")
     }
-    everything = {**arguments, **settings}
+    everything = {
+        **arguments,
+        **settings,
+        "best_on_validation": comparison.best_on_validation,
+        "total_train_batch_size": training.train_batch_size
+        * training.gradient_accumulation_steps
+        * training.world_size,
+    }
+    for task in tasks:
+        rows = [task.train, task.validation, *task.tests.values()]
+        everything[f"{_ROWS}{task.name}"] = hashlib.sha256("".join(map(digest_of_rows, rows)).encode()).hexdigest()
     return json.loads(json.dumps({name: value for name, value in everything.items() if name not in free}, default=str))
 
 
@@ -301,14 +371,19 @@ def check_settings(output_dir: Path, settings: Mapping[str, Any]) -> None:
         ComparisonError: If `output_dir` holds runs with other settings; the message names them.
     """
     path = output_dir / SETTINGS
-    if not path.is_file():
+    begun = any(output_dir.glob("runs/*/*/*/*/*"))
+    before = json.loads(path.read_text(encoding="utf-8")) if begun and path.is_file() else {}
+    # Tasks may be added, and the numbers of local epochs belong to the runs.
+    free = {"num_train_epochs", *(name for name in {**before, **settings} if name.startswith(_ROWS))}
+    names = [
+        name
+        for name in {**before, **settings}
+        if before.get(name) != settings.get(name) and not (name in free and not (name in before and name in settings))
+    ]
+    if not before or not names:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(path, dict(settings))
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
-    names = [name for name in names if not (name == "num_train_epochs" and name not in settings)]
-    if names:
+        write_json(path, {**before, **settings})
+    else:
         told = [f"`{name}` was {before.get(name)!r} and is {settings.get(name)!r}" for name in names[:5]]
         raise ComparisonError(
             f"`{output_dir}` holds runs with other settings: {'; '.join(told)}. Go on with the same settings, or name "
@@ -316,18 +391,18 @@ def check_settings(output_dir: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def check_comparable(result: RunResult, others: Sequence[RunResult]) -> None:
+def check_comparable(run: Run, start: str, data: str, others: Sequence[RunResult]) -> None:
     """Refuse to compare methods that started from different states or saw different splits.
 
     Raises:
         ComparisonError: The message names both runs.
     """
     for other in others:
-        same_cell = (other.run.task, other.run.seed) == (result.run.task, result.run.seed)
-        if same_cell and (other.start, other.data) != (result.start, result.data):
-            what = "initial state" if other.start != result.start else "split over clients"
+        same_cell = (other.run.task, other.run.seed) == (run.task, run.seed)
+        if same_cell and (other.start, other.data) != (start, data):
+            what = "initial state" if other.start != start else "split over clients"
             raise ComparisonError(
-                f"{describe(result.run)} and {describe(other.run)} do not have the same {what}, so they cannot be "
+                f"{describe(run)} and {describe(other.run)} do not have the same {what}, so they cannot be "
                 "compared. Were model, data or versions changed in between? Use another `--output_dir`."
             )
 
@@ -369,12 +444,17 @@ def rounds_of(log_history: Sequence[Mapping[str, Any]], layers: LayerDeviations)
     return rounds
 
 
-def digest_of_state(trainer: FederatedTrainer) -> str:
-    """SHA-256 of everything the clients train, before the first round."""
+def digest_of_start(trainer: FederatedTrainer) -> str:
+    """SHA-256 of what the clients train, before the first round, and of the model below the adapter."""
     digest, state = hashlib.sha256(), trainer.federation.state
     tensors = {f"{name}.{factor}": getattr(delta, factor) for name, delta in state.adapters.items() for factor in "AB"}
-    for name, tensor in sorted({**tensors, **state.tensors}.items()):
-        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    tensors |= state.tensors
+    for name, parameter in trainer.adapted.model.named_parameters():
+        if trainer.adapted.adapter not in name.split("."):  # whatever factors a method freezes, they are not the base
+            tensors[name] = parameter.detach()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

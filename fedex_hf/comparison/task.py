@@ -33,7 +33,8 @@ class Task:
         metric: Main key of what `test` returns.
         validation_metric: Key of the validation metrics (without `eval_`) that is followed and chosen by.
         greater_is_better: Whether a larger `validation_metric` is better.
-        partition_by: Column of discrete labels for Dirichlet partitions; needed only if it is not `label`.
+        tests: Name -> the rows that `test` is computed on, by which a changed test is told from the same one.
+        partition_by: Column of discrete labels for Dirichlet partitions, where the user names none.
         trainer_kwargs: Further arguments of `FederatedTrainer`, such as `processing_class` and `compute_metrics`.
         client_trainer_cls: The class of the local fits.
     """
@@ -47,6 +48,7 @@ class Task:
     metric: str
     validation_metric: str
     greater_is_better: bool
+    tests: Mapping[str, Dataset] = field(default_factory=dict)
     partition_by: str | None = None
     trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
     client_trainer_cls: type[Trainer] = Trainer

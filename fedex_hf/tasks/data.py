@@ -92,6 +92,18 @@ def check_columns(dataset: Dataset, columns: Sequence[str], where: str) -> Datas
     return dataset
 
 
+def check_text(dataset: Dataset, columns: Sequence[str], where: str) -> None:
+    """Check that columns hold strings.
+
+    Raises:
+        DataError: If not; `where` begins the message.
+    """
+    for column in columns:
+        kind = dataset.features[column]
+        if getattr(kind, "dtype", None) not in ("string", "large_string"):
+            raise DataError(f"{where}: column `{column}` holds {kind}, not text. Convert it, or name another file.")
+
+
 def take(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
     """At most `limit` rows, drawn by `seed` and left in their order; all rows if `limit` is `None`."""
     if limit is None or limit >= len(dataset):

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, EvalPrediction, Pre
 from fedex_hf.comparison.arguments import DataArguments, ModelArguments
 from fedex_hf.comparison.task import Task
 from fedex_hf.metrics import load_metric
-from fedex_hf.tasks.data import DataError, hold_out, require_split, take
+from fedex_hf.tasks.data import DataError, check_text, hold_out, require_split, take
 
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def glue_task(
     tokenizer: PreTrainedTokenizerBase,
     model: ModelArguments,
     args: DataArguments,
+    partition_by: str | None = None,
 ) -> Task:
     """Build the `Task` of one GLUE task.
 
@@ -86,20 +87,22 @@ def glue_task(
         tokenizer: The model's.
         model: Which model and adapter.
         args: How much of the data.
+        partition_by: Column that clients are formed by, if not by the label.
 
     Raises:
         DataError: If a split, a column or a label is missing, or a label is outside the head.
     """
     spec = GLUE_TASKS[name]
     columns = [*spec.columns, "label"]
-    train = require_split(data, "train", where, columns)
+    train = require_split(data, "train", where, columns if partition_by is None else [*columns, partition_by])
     tests = {suffix: require_split(data, split, where, columns) for suffix, split in spec.tests.items()}
     for split, rows in {"train": train, **{spec.tests[suffix]: rows for suffix, rows in tests.items()}}.items():
+        check_text(rows, spec.columns, f"`{where}`, split `{split}`")
         check_labels(rows, spec, f"`{where}`, split `{split}`")
     train, validation = hold_out(train, args.validation_fraction, args.split_seed, f"`{where}`")
     limits = (args.max_train_examples, args.max_validation_examples)
     train, validation = (
-        _prepare(take(rows, limit, args.split_seed), spec, tokenizer, args)
+        _prepare(take(rows, limit, args.split_seed), spec, tokenizer, args, partition_by)
         for rows, limit in zip((train, validation), limits)
     )
     tests = {
@@ -120,6 +123,7 @@ def glue_task(
         metric=spec.metric,
         validation_metric=spec.metric,
         greater_is_better=True,
+        tests={name or "test": rows for name, rows in tests.items()},
         partition_by="label" if spec.labels else "score_bin",
         trainer_kwargs={"processing_class": tokenizer, "compute_metrics": Predictions(name)},
     )
@@ -137,7 +141,7 @@ def check_labels(dataset: Dataset, spec: GlueTask, where: str) -> None:
             raise DataError(f"{where}: column `label` has values that are no finite numbers. Drop those rows.")
         return
     allowed = range(len(spec.labels))
-    outside = sorted({label for label in labels if label not in allowed}, key=str)
+    outside = sorted({label for label in labels if type(label) is not int or label not in allowed}, key=str)
     if outside:
         hidden = " GLUE's test splits hide their labels as -1: use a split that has them." if -1 in outside else ""
         raise DataError(
@@ -199,12 +203,17 @@ def load_classifier(
         )
     finally:
         transformers.logging.set_verbosity(verbosity)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
-def _prepare(rows: Dataset, spec: GlueTask, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Dataset:
+def _prepare(
+    rows: Dataset,
+    spec: GlueTask,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DataArguments,
+    partition_by: str | None = None,
+) -> Dataset:
     def tokenize(batch: dict[str, list]) -> dict[str, Any]:
         encoded = tokenizer(
             *(batch[column] for column in spec.columns), truncation=True, max_length=args.max_seq_length
@@ -214,5 +223,5 @@ def _prepare(rows: Dataset, spec: GlueTask, tokenizer: PreTrainedTokenizerBase, 
             encoded["score_bin"] = [min(int(label / 5 * SCORE_BINS), SCORE_BINS - 1) for label in batch["label"]]
         return encoded
 
-    drop = [column for column in rows.column_names if column != "label"]
+    drop = [column for column in rows.column_names if column not in ("label", partition_by)]
     return rows.map(tokenize, batched=True, remove_columns=drop, num_proc=args.preprocessing_num_workers)
