@@ -146,7 +146,7 @@ def check_commands(program: Program, block: Block) -> None:
         words = shlex.split(line, comments=True)
         if not words:
             continue
-        name = " ".join(words[:2]) if words[0] in ("pip", "mkdocs") else words[0]
+        name = " ".join(words[:2]) if words[0] in ("pip", "mkdocs", "accelerate") else words[0]
         if name == "fedex-hf":
             run_command_line(program, words, block.place)
             continue
@@ -204,6 +204,12 @@ def check_python(words: list[str], place: str) -> None:
     assert not unknown, f"{place}: `{words[1]}` has no flags {unknown}"
 
 
+def check_launch(words: list[str], place: str) -> None:
+    """As `check_python`, after the flags of `accelerate launch`."""
+    script = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    check_python(["python", *words[script:]], place)
+
+
 def check_mkdocs(words: list[str], place: str) -> None:
     assert any(each.startswith("mkdocs-material") for each in setup_arguments()["extras_require"]["docs"]), place
 
@@ -216,6 +222,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "make": check_make,
     "pip install": check_install,
     "python": check_python,
+    "accelerate launch": check_launch,
     "mkdocs serve": check_mkdocs,
     "tensorboard": check_tensorboard,
 }
