@@ -45,7 +45,7 @@ from fedex_hf.tasks.completion import (
 from fedex_hf.tasks.data import DataError, load_data, quoted, require_split
 from fedex_hf.tasks.generation import GenerationArguments
 from fedex_hf.tasks.grading import GradedTest, computable
-from fedex_hf.tasks.prompts import ARITHMETIC_COLUMNS, arithmetic_completion, arithmetic_form, arithmetic_prompt
+from fedex_hf.tasks.prompts import ARITHMETIC_FORMS, arithmetic_form
 
 
 @dataclass
@@ -120,9 +120,9 @@ def arithmetic_task(
     """The task, with the share of right answers for each test, and the loss on all their references."""
     context = context_of(model, tokenizer)
     splits = load_data(arithmetic.dataset_name, arithmetic.dataset_config)
-    form = arithmetic_form(require_split(splits, "train", arithmetic.dataset_name, ()).column_names)
-    if form is None:
-        forms = ", or ".join(quoted(columns) for columns in ARITHMETIC_COLUMNS.values())
+    found = arithmetic_form(require_split(splits, "train", arithmetic.dataset_name, ()).column_names)
+    if found is None:
+        forms = ", or ".join(quoted(form.columns) for form in ARITHMETIC_FORMS.values())
         raise DataError(
             f"`{arithmetic.dataset_name}` has the columns {quoted(splits['train'].column_names)}. Expected: {forms}. "
             "Rename yours, for example with `dataset.rename_column`."
@@ -130,10 +130,10 @@ def arithmetic_task(
     train, validation = training_splits(
         splits,
         arithmetic.dataset_name,
-        ARITHMETIC_COLUMNS[form],
+        ARITHMETIC_FORMS[found].columns,
         tokenizer,
-        arithmetic_prompt,
-        arithmetic_completion,
+        ARITHMETIC_FORMS[found].prompt,
+        ARITHMETIC_FORMS[found].completion,
         data,
         completion,
         partition_by,
@@ -141,16 +141,16 @@ def arithmetic_task(
     graded = []
     for name in tests:
         source, config = arithmetic.tests()[name]
-        columns = ARITHMETIC_COLUMNS[name]
-        rows = load_test_rows(source, config, columns, f"--{name}_name", data)
+        form = ARITHMETIC_FORMS[name]  # the metric's own, whatever other columns there are
+        rows = load_test_rows(source, config, form.columns, f"--{name}_name", data)
         graded.append(
             GradedTest.prepare(
                 name,
                 name,
                 rows,
-                columns[1],
-                arithmetic_prompt,
-                arithmetic_completion,
+                form.answer,
+                form.prompt,
+                form.completion,
                 tokenizer,
                 context,
                 generation.max_new_tokens,
@@ -163,7 +163,7 @@ def arithmetic_task(
         shares = {each.name: each.run(trainer.model, tokenizer, generation, folder) for each in graded}
         return {**shares, "loss": loss_on(trainer, references)}
 
-    return completion_task("arithmetic", train, validation, tokenizer, model, test, tests[0], partition_by)
+    return completion_task("arithmetic", train, validation, tokenizer, model, test, tests[0], references, partition_by)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ The same command goes on where it was stopped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from fedex_hf.tasks.completion import (
     loss_on,
     training_splits,
 )
-from fedex_hf.tasks.data import DataError, check_columns, find_split, load_data
+from fedex_hf.tasks.data import DataError, check_columns, check_text, find_split, load_data
 from fedex_hf.tasks.generation import GenerationArguments
 from fedex_hf.tasks.grading import GradedTest
 from fedex_hf.tasks.prompts import (
@@ -81,7 +81,8 @@ class CommonsenseArguments:
         default="generated",
         metadata={
             "help": "generated: the first answer in the generated text. choices: the most likely of the allowed "
-            "answers. both: the former under the sets' names, the latter with the suffix _choices.",
+            "answers, with the suffix _choices, and the most likely per character, with _choices_norm. both: "
+            "generated and choices.",
             "choices": ["generated", "choices", "both"],
         },
     )
@@ -119,6 +120,7 @@ def commonsense_task(
     partition_by: str | None,
 ) -> Task:
     """The task, with a share of right answers for each set, and the loss on all their references."""
+    folders = folders_of_tests(commonsense)
     context = context_of(model, tokenizer)
     partition_by = partition_by or "kind"
     train, validation = training_splits(
@@ -133,8 +135,7 @@ def commonsense_task(
         partition_by,
     )
     generated, chosen, references = [], [], []
-    for name in dict.fromkeys(commonsense.eval_sets):
-        folder = Path(commonsense.eval_dataset_dir) / name
+    for name, folder in folders.items():
         rows = load_test_rows(str(folder), None, [*COLUMNS, "answer"], "--eval_dataset_dir", data)
         where = f"`{folder}`, split `test`"
         graded = GradedTest.prepare(
@@ -160,15 +161,44 @@ def commonsense_task(
     everything = concatenate_datasets(references)
 
     def test(trainer: FederatedTrainer, folder: Path) -> dict[str, float]:
-        shares = {}
-        for tests, suffix in ((generated, ""), (chosen, "_choices")):
-            here = {f"{each.name}{suffix}": each.run(trainer.model, tokenizer, generation, folder) for each in tests}
-            if here:
-                shares |= {f"average{suffix}": sum(here.values()) / len(here), **here}
+        here = (trainer.model, tokenizer, generation, folder)
+        shares = with_average({each.name: each.run(*here) for each in generated}, "")
+        chosen_shares = {each.name: each.run(*here) for each in chosen}
+        for score, suffix in (("acc", "_choices"), ("acc_norm", "_choices_norm")):
+            shares |= with_average({name: each[score] for name, each in chosen_shares.items()}, suffix)
         return {**shares, "loss": loss_on(trainer, everything)}
 
     metric = "average_choices" if commonsense.scoring == "choices" else "average"
-    return completion_task("commonsense", train, validation, tokenizer, model, test, metric, partition_by)
+    return completion_task("commonsense", train, validation, tokenizer, model, test, metric, everything, partition_by)
+
+
+def folders_of_tests(commonsense: CommonsenseArguments) -> dict[str, Path]:
+    """Set -> the folder of its test file.
+
+    Raises:
+        DataError: If one is not there. The Hub, which would be asked for a dataset of that name, has none of them.
+    """
+    root = Path(commonsense.eval_dataset_dir)
+    folders = {name: root / name for name in dict.fromkeys(commonsense.eval_sets)}
+    absent = [folder for folder in (root, *folders.values()) if not folder.is_dir()]
+    if absent:
+        raise DataError(
+            f"`--eval_dataset_dir {root}`: there is no folder `{absent[0]}`. Name the folder `dataset` of a clone of "
+            "https://github.com/AGI-Edgerunners/LLM-Adapters, which holds one folder per set, and with `--eval_sets` "
+            "the sets to test on."
+        )
+    return folders
+
+
+def with_average(shares: Mapping[str, float], suffix: str) -> dict[str, float]:
+    """The shares of all sets and before them their mean, with a suffix; nothing, if there are none.
+
+    Example:
+        >>> with_average({"boolq": 0.5, "piqa": 1.0}, "_choices")
+        {'average_choices': 0.75, 'boolq_choices': 0.5, 'piqa_choices': 1.0}
+    """
+    named = {f"{name}{suffix}": share for name, share in shares.items()}
+    return {f"average{suffix}": sum(named.values()) / len(named), **named} if named else {}
 
 
 def load_training(name: str) -> DatasetDict:
@@ -196,6 +226,10 @@ def _of_set(part: str, rows: Dataset, name: str) -> Dataset:
 
 def _with_kind(rows: Dataset, where: str) -> Dataset:
     check_columns(rows, COLUMNS, where)
+    check_text(rows, COLUMNS, where)
+    if "kind" in rows.column_names:
+        print(f"{where}: the column `kind` is replaced by the kind of question.", flush=True)
+        rows = rows.remove_columns("kind")
     return rows.add_column("kind", [commonsense_kind({"instruction": text}) for text in rows["instruction"]])
 
 

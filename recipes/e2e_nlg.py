@@ -33,7 +33,7 @@ from fedex_hf.comparison import (
     refusing,
 )
 from fedex_hf.metrics import load_metric
-from fedex_hf.metrics.e2e_nlg import E2E_METRICS, group_by_meaning
+from fedex_hf.metrics.e2e_nlg import E2E_METRICS, E2E_SCRIPTS, group_by_meaning
 from fedex_hf.tasks.completion import (
     CompletionArguments,
     completion_task,
@@ -43,7 +43,7 @@ from fedex_hf.tasks.completion import (
     tokenize_completions,
     training_splits,
 )
-from fedex_hf.tasks.data import load_data, require_split, take
+from fedex_hf.tasks.data import check_text, load_data, require_split, take
 from fedex_hf.tasks.generation import GenerationArguments, check_prompts, generate, save_outputs
 from fedex_hf.tasks.grading import computable, rows_to_read
 from fedex_hf.tasks.prompts import e2e_completion, e2e_prompt
@@ -71,7 +71,7 @@ class E2EArguments:
         default="perl",
         metadata={
             "help": "Which official script's BLEU and NIST: perl is its default, python its -p, which LoRA used.",
-            "choices": ["perl", "python"],
+            "choices": list(E2E_SCRIPTS),
         },
     )
 
@@ -115,10 +115,12 @@ def e2e_task(
     train, validation = training_splits(
         splits, e2e.dataset_name, COLUMNS, tokenizer, e2e_prompt, e2e_completion, data, completion, partition_by
     )
-    rows = take_meanings(require_split(splits, "test", e2e.dataset_name, COLUMNS), data)
+    where = f"`{e2e.dataset_name}`, split `test`"
+    rows = require_split(splits, "test", e2e.dataset_name, COLUMNS)
+    check_text(rows, COLUMNS, where)
+    rows = take_meanings(rows, data)
     meanings, references = group_by_meaning(rows)
     prompts = [e2e_prompt({COLUMNS[0]: meaning}) for meaning in meanings]
-    where = f"`{e2e.dataset_name}`, split `test`"
     check_prompts(tokenizer, prompts, generation.max_new_tokens, context, where)
     tokenized = tokenize_completions(rows, tokenizer, e2e_prompt, e2e_completion, context, where, limit_name="context")
 
@@ -140,7 +142,7 @@ def e2e_task(
         return {**metrics, "loss": loss_on(trainer, tokenized)}
 
     metric = scores[0] if scores else "loss"
-    return completion_task("e2e_nlg", train, validation, tokenizer, model, test, metric, partition_by)
+    return completion_task("e2e_nlg", train, validation, tokenizer, model, test, metric, tokenized, partition_by)
 
 
 def take_meanings(rows: Dataset, data: DataArguments) -> Dataset:

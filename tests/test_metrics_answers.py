@@ -260,6 +260,24 @@ def test_a_process_that_is_stuck_is_stopped_and_started_again():
     assert last.poll() is not None
 
 
+def test_a_process_that_was_stopped_after_its_answer_does_not_fail_the_next_one():
+    with Verifier([sys.executable, "-c", FAKE]) as verifier:
+        assert verifier("1", "fine")
+        verifier._process.kill()  # as the timer does where the limit ends between reading and cancelling
+        verifier._process.wait()
+        assert verifier("1", "fine")
+
+
+def test_a_process_that_reached_its_limit_is_not_asked_again(monkeypatch):
+    with Verifier([sys.executable, "-c", FAKE], limit=1.0) as verifier:
+        verifier("1", "fine")
+        asked = []
+        ask = verifier._ask
+        monkeypatch.setattr(verifier, "_ask", lambda line: asked.append(line) or ask(line))
+        assert not verifier("1", "stuck")
+        assert len(asked) == 1
+
+
 def test_a_process_that_does_not_start_is_an_error_not_a_wrong_answer():
     with (
         Verifier([sys.executable, "-c", "raise ImportError('no math-verify')"]) as verifier,

@@ -24,7 +24,7 @@ from text_lab import (
 from fedex_hf import FederatedTrainer
 from fedex_hf.comparison import read_results
 from fedex_hf.metrics import load_metric, missing_requirements
-from fedex_hf.tasks import grading
+from fedex_hf.tasks import completion, data, grading
 
 
 @pytest.fixture
@@ -200,7 +200,9 @@ def test_commonsense_scores_generated_and_chosen_answers(lab):
         test, folder = result.test, lab / "out" / result.run.folder / "last_round"
         assert result.metric == "average"
         assert test["average"] == pytest.approx((test["boolq"] + test["piqa"]) / 2)
-        assert test["average_choices"] == pytest.approx((test["boolq_choices"] + test["piqa_choices"]) / 2)
+        for score in ("choices", "choices_norm"):
+            mean = (test[f"boolq_{score}"] + test[f"piqa_{score}"]) / 2
+            assert test[f"average_{score}"] == pytest.approx(mean)
         for name in ("boolq", "piqa"):
             outputs = lines(folder / f"{name}.jsonl")
             assert [row["references"] for row in outputs] == [row["answer"] for row in commonsense_rows(name, 4)]
@@ -217,7 +219,20 @@ def test_commonsense_takes_one_file_and_chooses_without_generating(lab):
     )
     (result,) = results(lab)
     assert result.metric == "average_choices"
-    assert result.test.keys() == {"average_choices", "boolq_choices", "piqa_choices", "loss"}
+    names = ("average", "boolq", "piqa")
+    scores = {f"{name}_{score}" for name in names for score in ("choices", "choices_norm")}
+    assert result.test.keys() == {*scores, "loss"}
+
+
+def test_commonsense_replaces_a_column_kind_that_the_data_bring(lab, capsys):
+    sense_data(lab)
+    rows = [{**row, "kind": "theirs"} for row in commonsense_rows("boolq", 8)]
+    (lab / "all.json").write_text(json.dumps(rows))
+    split = commonsense.load_training(str(lab / "all.json"))["train"]
+    assert set(split["kind"]) == {"true"}
+    assert "split `train`: the column `kind` is replaced" in capsys.readouterr().out
+    write_splits(lab / "sense" / "boolq", train=rows)
+    assert set(commonsense.load_training(str(lab / "sense"))["train"]["kind"]) == {"true", "solution"}
 
 
 def test_commonsense_learns_the_form_of_answers(lab):
@@ -316,6 +331,59 @@ def test_paths_that_do_not_exist_are_refused(lab):
         (commonsense, sense(lab, dataset_name=gone), "--dataset_name"),
     ):
         assert f"`{flag} {lab}" in refusal(recipe, flags, lab)
+
+
+def test_absent_test_folders_are_refused_without_asking_the_hub(lab, monkeypatch):
+    sense_data(lab)
+    monkeypatch.chdir(lab)
+    load = data.load_dataset
+
+    def from_files(name, *args, **kwargs):
+        assert name == "json", f"The Hub is asked for {name}"
+        return load(name, *args, **kwargs)
+
+    monkeypatch.setattr(data, "load_dataset", from_files)
+    message = refusal(commonsense, sense(lab, eval_dataset_dir=None), lab)
+    assert message.startswith(
+        "`--eval_dataset_dir dataset`: there is no folder `dataset`. Name the folder `dataset` of"
+    )
+    message = refusal(commonsense, sense(lab, eval_sets="boolq ARC-Easy"), lab)
+    assert f"there is no folder `{lab / 'sense' / 'ARC-Easy'}`" in message
+
+
+def test_columns_that_hold_no_text_are_refused(lab):
+    sums_data(lab)
+    write_splits(lab / "gsm8k", test=[{"question": "1 + 1?", "answer": 2}])
+    assert "split `test`: column `answer` holds" in refusal(arithmetic, sums(lab), lab)
+    sums_data(lab)
+    write_splits(lab / "train", train=[{"question": "1 + 1?", "answer": 2}] * 8)
+    assert "split `train`: column `answer` holds" in refusal(arithmetic, sums(lab), lab)
+    sense_data(lab)
+    write_splits(lab / "sense" / "boolq", test=[{**commonsense_rows("boolq", 1)[0], "answer": True}])
+    assert "split `test`: column `answer` holds" in refusal(commonsense, sense(lab), lab)
+    write_splits(lab / "sense" / "boolq", train=[{**commonsense_rows("boolq", 1)[0], "instruction": 1}])
+    assert "split `train`: column `instruction` holds" in refusal(commonsense, sense(lab), lab)
+    e2e_data(lab)
+    write_splits(lab / "e2e", test=[{"meaning_representation": 1, "human_reference": "Zizzi."}])
+    assert "split `test`: column `meaning_representation` holds" in refusal(e2e_nlg, e2e(lab), lab)
+
+
+def test_extra_columns_of_another_form_are_neither_trained_nor_tested_on(lab, monkeypatch):
+    seen = []
+    prepare = grading.tokenize_completions
+
+    def watch(rows, tokenizer, make_prompt, make_completion, *args, **kwargs):
+        seen.extend(make_prompt(row) + make_completion(row) for row in rows)
+        return prepare(rows, tokenizer, make_prompt, make_completion, *args, **kwargs)
+
+    for module in (grading, completion):
+        monkeypatch.setattr(module, "tokenize_completions", watch)
+    sums_data(lab)
+    write_splits(lab / "train", train=[{**row, "answer": "wrong", "query": "wrong"} for row in math_rows(20)])
+    write_splits(lab / "gsm8k", test=[{**row, "query": "wrong", "response": "wrong"} for row in gsm8k_rows(6)])
+    arithmetic.main(sums(lab, aggregators="fedex"))
+    assert len(seen) == 26
+    assert not any("wrong" in text for text in seen)
 
 
 def test_prompts_longer_than_the_context_are_refused(lab):

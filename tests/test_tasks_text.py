@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from fedex_hf.comparison import DataArguments, ModelArguments
 from fedex_hf.metrics import load_metric
+from fedex_hf.tasks import choices as choices_module
 from fedex_hf.tasks import grading
 from fedex_hf.tasks.choices import ChoiceTest, choice_log_likelihoods
 from fedex_hf.tasks.completion import (
@@ -36,15 +37,15 @@ from fedex_hf.tasks.completion import (
     completion_task,
     encode_pair,
     load_completion_tokenizer,
+    loss_on,
     tokenize_completions,
 )
 from fedex_hf.tasks.data import DataError
 from fedex_hf.tasks.generation import GenerationArguments, generate, in_batches, save_outputs
 from fedex_hf.tasks.models import ModelError
 from fedex_hf.tasks.prompts import (
-    arithmetic_completion,
+    ARITHMETIC_FORMS,
     arithmetic_form,
-    arithmetic_prompt,
     commonsense_choices,
     commonsense_completion,
     commonsense_prompt,
@@ -117,8 +118,36 @@ def test_questions_have_metamaths_form(rows, form, question, answer):
     (row,) = rows(1)
     expected = f"{ALPACA}### Instruction:\n{question}\n\n### Response: Let's think step by step."
     assert arithmetic_form(list(row)) == form
-    assert arithmetic_prompt(row) == expected
-    assert arithmetic_completion(row) == answer
+    assert ARITHMETIC_FORMS[form].prompt(row) == expected
+    assert ARITHMETIC_FORMS[form].completion(row) == answer
+
+
+@pytest.mark.parametrize(
+    ("rows", "form", "extra"),
+    [
+        (math_rows, "math", ["answer"]),
+        (math_rows, "math", ["question"]),
+        (math_rows, "math", ["response"]),
+        (gsm8k_rows, "gsm8k", ["query"]),
+        (gsm8k_rows, "gsm8k", ["response"]),
+        (gsm8k_rows, "gsm8k", ["problem", "solution"]),
+        (metamath_rows, "metamath", ["question", "answer"]),
+        (metamath_rows, "metamath", ["problem", "solution"]),
+    ],
+)
+def test_extra_columns_are_not_read(rows, form, extra):
+    (row,) = rows(1)
+    more = {**dict.fromkeys(extra, "wrong"), **row, "extra": "wrong"}
+    assert arithmetic_form(list(more)) == form
+    assert ARITHMETIC_FORMS[form].prompt(more) == ARITHMETIC_FORMS[form].prompt(row)
+    assert ARITHMETIC_FORMS[form].completion(more) == ARITHMETIC_FORMS[form].completion(row)
+
+
+def test_a_test_is_read_by_its_own_form_whatever_form_its_columns_have():
+    (row,) = gsm8k_rows(1)
+    both = {"query": "wrong", "response": "wrong", **row}
+    assert arithmetic_form(list(both)) == "metamath"
+    assert ARITHMETIC_FORMS["gsm8k"].completion(both) == ARITHMETIC_FORMS["gsm8k"].completion(row)
 
 
 def test_other_columns_have_no_arithmetic_form():
@@ -158,8 +187,9 @@ def test_labels_are_the_completion_and_its_end_and_nothing_of_the_prompt(tokeniz
 
 def test_pairs_are_the_whole_text_without_a_blank_too_many(tokenizer):
     for row in gsm8k_rows(5):
-        prompt, completion = encode_pair(tokenizer, arithmetic_prompt(row), arithmetic_completion(row))
-        text = arithmetic_prompt(row) + arithmetic_completion(row)
+        form = ARITHMETIC_FORMS["gsm8k"]
+        prompt, completion = encode_pair(tokenizer, form.prompt(row), form.completion(row))
+        text = form.prompt(row) + form.completion(row)
         assert tokenizer.decode(prompt + completion, skip_special_tokens=True) == text
 
 
@@ -268,6 +298,35 @@ def test_the_loss_is_that_of_completions_alone_also_with_label_smoothing(model, 
 
     assert loss == pytest.approx(expected(lambda row: row["labels"].count(IGNORED)), rel=1e-5)
     assert loss != pytest.approx(expected(lambda row: 1), rel=1e-3)  # of the prompts too
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_reported_loss_is_the_mean_over_all_tokens_whatever_the_batches(model, tokenizer, tmp_path, smoothing):
+    rows = [
+        {**row, "human_reference": row["human_reference"] * (1 + 2 * (index % 4 == 1))}
+        for index, row in enumerate(e2e_rows(11))
+    ]
+    references = tokenized(tokenizer, rows)
+    assert len({len(ids) for ids in references["labels"]}) > 2
+    tokenizer.padding_side = "right"
+    given = completion_task("e2e", references, references, tokenizer, ModelArguments(), None, "loss").trainer_kwargs
+    losses, of_trainer = [], []
+    for batch_size in (1, 8):
+        args = TrainingArguments(
+            str(tmp_path),
+            label_smoothing_factor=smoothing,
+            per_device_eval_batch_size=batch_size,
+            use_cpu=True,
+            report_to="none",
+        )
+        losses.append(Trainer(model, args, eval_dataset=references, **given).evaluate()["eval_loss"])
+        losses.append(loss_on(Trainer(model, args, **given), references))
+        plain = Trainer(model, args, data_collator=given["data_collator"], processing_class=tokenizer)
+        of_trainer.append(plain.evaluate(references)["eval_loss"])
+    sums, _, counts = zip(*(nll(model.eval(), row, row["labels"].count(IGNORED)) for row in references))
+    expected = float(sum(sums) / sum(counts))
+    assert losses == pytest.approx([expected] * 4, rel=1e-6, abs=1e-6)
+    assert of_trainer[0] != pytest.approx(of_trainer[1], rel=1e-4)  # the twin: means of batches differ
 
 
 # Tokenizers that are refused
@@ -406,21 +465,33 @@ def test_outputs_are_written_as_they_read(tmp_path):
 TWO_PROCESSES = """
 import json, sys
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from fedex_hf.comparison import ModelArguments
 from fedex_hf.tasks.choices import choice_log_likelihoods
+from fedex_hf.tasks.completion import completion_task, loss_on
 from fedex_hf.tasks.generation import generate
 state = PartialState(cpu=True)
 model, tokenizer = (each.from_pretrained(sys.argv[1]) for each in (AutoModelForCausalLM, AutoTokenizer))
 prompts = json.loads(sys.argv[2])
 outputs = generate(model, tokenizer, prompts, 2, 6)
 scores = choice_log_likelihoods(model, tokenizer, prompts, [[" the", " In it"]] * len(prompts), 2)
+rows = Dataset.from_list(json.load(open(f"{sys.argv[3]}/rows.json")))
+args = TrainingArguments(sys.argv[3], per_device_eval_batch_size=2, use_cpu=True, report_to="none")
+tokenizer.padding_side = "right"
+loss = loss_on(
+    Trainer(model, args, **completion_task("x", rows, rows, tokenizer, ModelArguments(), None, "loss").trainer_kwargs),
+    rows,
+)
 assert state.num_processes == 2
-json.dump([outputs, scores], open(f"{sys.argv[3]}/{state.process_index}.json", "w"))
+json.dump([outputs, scores, loss], open(f"{sys.argv[3]}/{state.process_index}.json", "w"))
 """
 
 
 def test_processes_share_the_prompts_and_all_get_everything(tmp_path):
     language_model(tmp_path / "model")
+    rows = tokenized(llama_tokenizer(), e2e_rows(5))
+    (tmp_path / "rows.json").write_text(json.dumps(rows.to_list()))
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
@@ -433,6 +504,8 @@ def test_processes_share_the_prompts_and_all_get_everything(tmp_path):
     assert first == second
     assert first[0] == generate(model, tokenizer, PROMPTS, 2, 6)
     assert torch.allclose(torch.tensor(first[1]), torch.tensor(scores), rtol=1e-5)
+    sums, _, counts = zip(*(nll(model.eval(), row, row["labels"].count(IGNORED)) for row in rows))
+    assert first[2] == pytest.approx(float(sum(sums) / sum(counts)), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "num_beams", "generation_batch_size"])
@@ -474,11 +547,29 @@ def test_chosen_answers_are_the_likeliest_allowed_ones(model, tokenizer, tmp_pat
     prompts = [commonsense_prompt(row) for row in rows]
     allowed, answers = [commonsense_choices(row) for row in rows], [row["answer"] for row in rows]
     test = ChoiceTest.prepare("social_i_qa", prompts, allowed, answers, tokenizer, 256, "`here`")
-    share = test.run(model, tokenizer, GenerationArguments(), tmp_path)
+    shares = test.run(model, tokenizer, GenerationArguments(), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "social_i_qa_choices.jsonl").read_text().splitlines()]
     right = [max(line["log_likelihoods"], key=line["log_likelihoods"].get) == line["references"] for line in lines]
-    assert share == pytest.approx(sum(right) / 6)
+    assert shares["acc"] == pytest.approx(sum(right) / 6)
     assert [line["references"] for line in lines] == answers
+
+
+def test_choices_are_normalised_by_the_characters_of_the_text_that_is_scored(tokenizer, tmp_path, monkeypatch):
+    """Per character of `the correct answer is ...`, that is 22 + 2 and 22 + 11, the two differ as they should."""
+    scored = {"no": -2.4, "solution100": -3.2}  # -0.1 and -0.097 per character; of the bare choices, -1.2 and -0.29
+    near = {"no": -2.4, "solution100": -3.5}  # -0.1 and -0.106; the bare choices would choose the longer one
+    seen = []
+
+    def score(model, tokenizer, prompts, choices, *args, **kwargs):
+        seen.extend(choices)
+        return [list(scored.values()), list(near.values())]
+
+    monkeypatch.setattr(choices_module, "choice_log_likelihoods", score)
+    test = ChoiceTest.prepare("piqa", ["x", "y"], [list(scored)] * 2, ["solution100", "no"], tokenizer, 256, "`here`")
+    shares = test.run(None, tokenizer, GenerationArguments(), tmp_path)
+    assert seen[0] == ["the correct answer is no", "the correct answer is solution100"]
+    assert [len(text) for text in seen[0]] == [24, 33]
+    assert shares == {"acc": 0.5, "acc_norm": 1.0}
 
 
 def test_rows_that_do_not_allow_their_own_answer_are_refused(tokenizer):
@@ -514,9 +605,18 @@ def test_the_share_of_right_outputs_is_the_metric(metric):
 
 @pytest.mark.parametrize(
     ("metric", "reference", "config"),
-    [("gsm8k", "#### none", None), ("math", " ", None), ("commonsense", "yes", "boolq")],
+    [
+        ("gsm8k", "#### none", None),
+        ("gsm8k", 12, None),
+        ("math", " ", None),
+        ("math", "So $\\boxed{}$.", None),
+        ("commonsense", "yes", "boolq"),
+        ("commonsense", True, "boolq"),
+    ],
 )
 def test_references_that_nothing_can_equal_are_refused(metric, reference, config):
+    if grading.missing_requirements(metric):
+        pytest.skip("needs an extra")
     good = GRADED[metric][1][0]
     with pytest.raises(DataError, match="`here`: 1 of 2 rows have no reference to compare with, row 1 first"):
         grading.check_references(metric, [good, reference], "`here`", config)

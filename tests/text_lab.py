@@ -12,9 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedex_hf.tasks.prompts import (
+    ARITHMETIC_FORMS,
     COMMONSENSE_SETS,
-    arithmetic_completion,
-    arithmetic_prompt,
     commonsense_completion,
     commonsense_prompt,
     e2e_completion,
@@ -94,8 +93,8 @@ def commonsense_rows(name: str, number: int) -> list[dict[str, Any]]:
 def corpus() -> list[str]:
     """Every kind of text that the rows above become."""
     texts = [e2e_prompt(row) + e2e_completion(row) for row in e2e_rows(16)]
-    for row in [*gsm8k_rows(20), *metamath_rows(20), *math_rows(20)]:
-        texts.append(arithmetic_prompt(row) + arithmetic_completion(row))
+    for form, rows in (("gsm8k", gsm8k_rows), ("metamath", metamath_rows), ("math", math_rows)):
+        texts += [ARITHMETIC_FORMS[form].prompt(row) + ARITHMETIC_FORMS[form].completion(row) for row in rows(20)]
     for name in COMMONSENSE_SETS:
         texts += [commonsense_prompt(row) + commonsense_completion(row) for row in commonsense_rows(name, 8)]
     return texts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -54,6 +54,34 @@ class OfflineMetric(evaluate.Metric):
         if self.writer is None:
             raise ValueError(f"`{self.name}` has nothing to compute. Pass predictions and references, or add them.")
         super()._finalize()
+
+
+class MatchingMetric(OfflineMetric):
+    """A metric that is the share of outputs that match their reference, in [0, 1].
+
+    Attributes:
+        score: Key of what `compute` returns.
+        expected: What a reference must hold, in words.
+    """
+
+    score = "accuracy"
+    expected = ""
+
+    def gold(self, reference: str) -> Any:
+        """What outputs are compared with: the answer in a reference, or `None` if there is none."""
+        raise NotImplementedError
+
+    def matches(self, predictions: Sequence[str], references: Sequence[str]) -> list[bool]:
+        """Which outputs match; `compute` is the share of these.
+
+        Raises:
+            ValueError: If a reference has no answer.
+        """
+        raise NotImplementedError
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        matches = self.matches(predictions, references)
+        return {self.score: sum(matches) / len(matches)}
 
 
 def check_sizes(name: str, inputs: Mapping[str, Any], features: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from fedex_hf.metrics.base import OfflineMetric, describe, refuse_config
+from fedex_hf.metrics.base import MatchingMetric, describe, refuse_config
 
 
 _ANSWERS = ("answer1", "answer2", "answer3", "answer4", "answer5")
@@ -29,7 +29,7 @@ COMMONSENSE_ANSWERS = {
 }
 
 
-class Commonsense(OfflineMetric):
+class Commonsense(MatchingMetric):
     """Share of outputs that name the right answer first, in [0, 1], as `accuracy`.
 
     Predictions are the outputs; references the data set's `answer`: `"true"`, `"answer3"`. As in LLM-Adapters, case
@@ -45,6 +45,8 @@ class Commonsense(OfflineMetric):
         {'accuracy': 0.6666666666666666}
     """
 
+    expected = "an answer that the set allows"
+
     def _info(self) -> Any:
         refuse_config("commonsense", self.config_name, COMMONSENSE_ANSWERS)
         value = datasets.Value("string")
@@ -54,18 +56,25 @@ class Commonsense(OfflineMetric):
             {"predictions": value, "references": value},
         )
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        allowed = COMMONSENSE_ANSWERS[self.config_name]
-        unknown = sorted(set(references) - set(allowed))
+    def gold(self, reference: str) -> str | None:
+        """The reference itself, if the set allows it."""
+        return reference if reference in COMMONSENSE_ANSWERS[self.config_name] else None
+
+    def matches(self, predictions: Sequence[str], references: Sequence[str]) -> list[bool]:
+        """Which outputs name the reference first.
+
+        Raises:
+            ValueError: If the set does not allow a reference.
+        """
+        unknown = sorted({text for text in references if self.gold(text) is None})
         if unknown:
             raise ValueError(
                 f"`commonsense` for `{self.config_name}` got the references {unknown[:5]}. Allowed: "
-                f"{', '.join(allowed)}. Pass the column `answer` of LLM-Adapters' data."
+                f"{', '.join(COMMONSENSE_ANSWERS[self.config_name])}. Pass the column `answer` of LLM-Adapters' data."
             )
-        matches = [
+        return [
             extract_answer(self.config_name, text) == reference for text, reference in zip(predictions, references)
         ]
-        return {"accuracy": sum(matches) / len(matches)}
 
 
 def extract_answer(dataset: str, output: str) -> str:

@@ -16,6 +16,7 @@ from fedex_hf.metrics.requirements import PARTS, require
 
 
 E2E_METRICS = tuple(PARTS["e2e_nlg"])
+E2E_SCRIPTS = ("perl", "python")  # of BLEU and NIST
 # What `measure_scores.py` mends in the tables it reads.
 _ENCODING = {"Ł": "£", "Â£": "£", "Ã©": "é", "ã©": "é"}
 
@@ -57,8 +58,9 @@ class E2ENLG(OfflineMetric):
         script: str = "perl",
     ) -> dict[str, float]:
         wanted = list(E2E_METRICS if metrics is None else metrics)
-        if script not in ("perl", "python"):
-            raise ValueError(f"`script={script!r}` is none of the official ones. Allowed: 'perl', 'python'.")
+        if script not in E2E_SCRIPTS:
+            allowed = ", ".join(map(repr, E2E_SCRIPTS))
+            raise ValueError(f"`script={script!r}` is none of the official ones. Allowed: {allowed}.")
         require("e2e_nlg", wanted)
         outputs = [one_line(text) for text in predictions]
         truth = [[line for text in texts if (line := one_line(text))] for texts in references]

@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 
-from fedex_hf.metrics.base import OfflineMetric, describe
+from fedex_hf.metrics.base import MatchingMetric, describe
 
 
 GOLD_MARK = "####"  # in the data set, before the answer
@@ -40,7 +40,7 @@ _NUMBER = re.compile(
 )
 
 
-class GSM8K(OfflineMetric):
+class GSM8K(MatchingMetric):
     r"""Share of outputs whose last number equals the answer's, in [0, 1], as `exact_match`.
 
     Predictions are the outputs; references are answers of the data set (the number is read after the last `####`) or
@@ -53,6 +53,9 @@ class GSM8K(OfflineMetric):
         {'exact_match': 0.6666666666666666}
     """
 
+    score = "exact_match"
+    expected = f"a number after `{GOLD_MARK}`"
+
     def _info(self) -> Any:
         value = datasets.Value("string")
         return describe(
@@ -61,13 +64,21 @@ class GSM8K(OfflineMetric):
             {"predictions": value, "references": value},
         )
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        answers = [last_number(text.rsplit(GOLD_MARK, 1)[-1]) for text in references]
+    def gold(self, reference: str) -> Fraction | None:
+        """The number after the last `####`, else the last one of all."""
+        return last_number(reference.rsplit(GOLD_MARK, 1)[-1])
+
+    def matches(self, predictions: Sequence[str], references: Sequence[str]) -> list[bool]:
+        """Which outputs end in the reference's number.
+
+        Raises:
+            ValueError: If a reference has no number.
+        """
+        answers = [self.gold(text) for text in references]
         if None in answers:
             bad = references[answers.index(None)]
             raise ValueError(f"The reference {bad[-80:]!r} has no number. Pass the answer column, or the numbers.")
-        matches = [last_number(text) == answer for text, answer in zip(predictions, answers)]
-        return {"exact_match": sum(matches) / len(matches)}
+        return [last_number(text) == answer for text, answer in zip(predictions, answers)]
 
 
 def last_number(text: str) -> Fraction | None:

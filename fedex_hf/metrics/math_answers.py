@@ -19,7 +19,7 @@ from typing import Any
 
 import datasets
 
-from fedex_hf.metrics.base import OfflineMetric, describe
+from fedex_hf.metrics.base import MatchingMetric, describe
 from fedex_hf.metrics.gsm8k import ascii_digits
 
 
@@ -33,7 +33,7 @@ _TAIL = 2000
 _HARD_LIMIT = 60.0
 
 
-class MathAnswers(OfflineMetric):
+class MathAnswers(MatchingMetric):
     r"""Share of outputs whose answer is mathematically that of the reference, in [0, 1], as `accuracy`.
 
     Predictions are the outputs; references are solutions with a `\boxed{}`, texts with "The answer is:", or bare
@@ -45,6 +45,8 @@ class MathAnswers(OfflineMetric):
         {'accuracy': 0.5}
     """
 
+    expected = "a solution that has an answer"
+
     def _info(self) -> Any:
         value = datasets.Value("string")
         return describe(
@@ -53,12 +55,20 @@ class MathAnswers(OfflineMetric):
             {"predictions": value, "references": value},
         )
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    def gold(self, reference: str) -> str | None:
+        """As `gold_answer`."""
+        return gold_answer(reference)
+
+    def matches(self, predictions: Sequence[str], references: Sequence[str]) -> list[bool]:
+        """Which outputs are `equivalent` to the reference.
+
+        Raises:
+            ValueError: If a reference has no answer.
+        """
         with Verifier() as verifier:
-            matches = [
+            return [
                 equivalent(prediction, reference, verifier) for prediction, reference in zip(predictions, references)
             ]
-        return {"accuracy": sum(matches) / len(matches)}
 
 
 class VerifierError(RuntimeError):
@@ -90,19 +100,10 @@ class Verifier:
         Raises:
             VerifierError: If the process does not start.
         """
-        process = self._process or self._start()
-        timer = threading.Timer(self.limit, process.kill)
-        timer.start()
-        try:
-            process.stdin.write(json.dumps({"gold": gold, "prediction": prediction}) + "\n")  # type: ignore[union-attr]
-            process.stdin.flush()  # type: ignore[union-attr]
-            answer = process.stdout.readline()  # type: ignore[union-attr]
-        except OSError:
-            answer = ""
-        finally:
-            timer.cancel()
-        if not answer:  # stopped, or out of memory
-            self.close()
+        line = json.dumps({"gold": gold, "prediction": prediction}) + "\n"
+        answer, in_time = self._ask(line)
+        if not answer and in_time:  # out of memory, or it was stopped before: its last limit ended after its answer
+            answer, _ = self._ask(line)
         return answer.strip() == "true"
 
     def close(self) -> None:
@@ -110,6 +111,29 @@ class Verifier:
         if self._process is not None:
             _stop(self._process)
             self._process = None
+
+    def _ask(self, line: str) -> tuple[str, bool]:
+        """The answer, empty if the process has ended, and whether it ended, if at all, before the limit."""
+        process = self._process or self._start()
+        limit_reached = threading.Event()
+
+        def stop() -> None:
+            limit_reached.set()
+            process.kill()
+
+        timer = threading.Timer(self.limit, stop)
+        timer.start()
+        try:
+            process.stdin.write(line)  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+            answer = process.stdout.readline()  # type: ignore[union-attr]
+        except OSError:
+            answer = ""
+        finally:
+            timer.cancel()
+        if not answer:
+            self.close()
+        return answer, not limit_reached.is_set()
 
     def _start(self) -> subprocess.Popen[str]:
         with tempfile.TemporaryFile() as errors:
@@ -135,10 +159,8 @@ def equivalent(prediction: str, reference: str, verifier: Verifier) -> bool:
     Raises:
         ValueError: If the reference is blank.
     """
-    gold = final_answer(reference)
+    gold = gold_answer(reference)
     if gold is None:
-        gold = _bare(reference)
-    if not gold:
         raise ValueError(f"The reference {reference[-80:]!r} has no answer. Pass the solution, or the answer alone.")
     answer = final_answer(prediction)
     if answer is None:
@@ -146,6 +168,12 @@ def equivalent(prediction: str, reference: str, verifier: Verifier) -> bool:
     if "".join(answer.split()) == "".join(gold.split()):
         return True
     return bool(answer) and verifier(_boxed(gold), _boxed(answer))
+
+
+def gold_answer(reference: str) -> str | None:
+    """The answer of a solution, or the bare answer that a reference is; `None` if it is empty."""
+    marked = final_answer(reference)
+    return (_bare(reference) if marked is None else marked) or None
 
 
 def final_answer(text: str) -> str | None:

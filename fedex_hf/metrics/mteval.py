@@ -22,7 +22,6 @@ from itertools import chain
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 
-SCRIPTS = ("perl", "python")
 BLEU_ORDER = 4
 NIST_ORDER = 5
 _ASCII_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)

@@ -75,17 +75,19 @@ class ChoiceTest:
         tokenizer: PreTrainedTokenizerBase,
         generation: GenerationArguments,
         folder: Path,
-    ) -> float:
+    ) -> dict[str, float]:
         """Choose all answers, and save their log-likelihoods.
 
         Returns:
-            The share of right ones, `acc` of lm-evaluation-harness.
+            Shares of right ones as in lm-evaluation-harness: `acc`, and `acc_norm` by the log-likelihood per character
+            of the text that is scored, which is `ANSWER` with the choice in it.
         """
+        texts = [[ANSWER.format(choice) for choice in each] for each in self.choices]
         scores = choice_log_likelihoods(
             model,
             tokenizer,
             self.prompts,
-            [[ANSWER.format(choice) for choice in each] for each in self.choices],
+            texts,
             generation.generation_batch_size,
             description=self.name,
             context=self.context,
@@ -95,8 +97,8 @@ class ChoiceTest:
             for prompt, choices, each, right in zip(self.prompts, self.choices, scores, self.right)
         ]
         save_outputs(folder / f"{self.name}_choices.jsonl", rows)
-        metric = load_metric("choices")
-        return float(metric.compute(predictions=scores, choices=self.choices, references=self.right)["acc"])
+        shares = load_metric("choices").compute(predictions=scores, choices=texts, references=self.right)
+        return {name: float(shares[name]) for name in ("acc", "acc_norm")}
 
 
 def choice_log_likelihoods(

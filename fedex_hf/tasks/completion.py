@@ -7,14 +7,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, TaskType
-from transformers import AutoConfig, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import AutoConfig, DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from fedex_hf.comparison.arguments import DataArguments, ModelArguments
 from fedex_hf.comparison.task import Task
-from fedex_hf.tasks.data import DataError, check_columns, find_split, hold_out, load_data, require_split, take
+from fedex_hf.tasks.data import (
+    DataError,
+    check_columns,
+    check_text,
+    find_split,
+    hold_out,
+    load_data,
+    require_split,
+    take,
+)
 from fedex_hf.tasks.models import ModelError, context_length, load_causal_lm, load_tokenizer
 
 
@@ -176,20 +187,19 @@ def training_splits(
     """Training and validation examples, tokenised; without a validation split, some are held out of the training.
 
     Raises:
-        DataError: If a split, a row or a column is missing, or a prompt is too long.
+        DataError: If a split, a row or a column is missing, a column does not hold text, or a prompt is too long.
     """
     keep = [] if partition_by is None else [partition_by]
     train = require_split(data, "train", where, [*columns, *keep])
     validation = find_split(data, "validation")
     if validation is None:
         train, validation = hold_out(train, args.validation_fraction, args.split_seed, f"`{where}`")
+    check_columns(validation, columns, f"`{where}`, split `validation`")
+    for split, rows in (("train", train), ("validation", validation)):
+        check_text(rows, columns, f"`{where}`, split `{split}`")
     splits = {
         "train": take(train, args.max_train_examples, args.split_seed),
-        "validation": take(
-            check_columns(validation, columns, f"`{where}`, split `validation`"),
-            args.max_validation_examples,
-            args.split_seed,
-        ),
+        "validation": take(validation, args.max_validation_examples, args.split_seed),
     }
     train, validation = (
         tokenize_completions(
@@ -212,12 +222,14 @@ def load_test_rows(name: str, config: str | None, columns: Sequence[str], flag: 
     """Rows of a test split, or of a local file that is one.
 
     Raises:
-        DataError: If there is no such data, row or column.
+        DataError: If there is no such data, row or column, or one does not hold text.
     """
     data = load_data(name, config, flag)
     if Path(name).is_file():
         data = DatasetDict(test=data["train"])
-    return take(require_split(data, "test", name, columns), args.max_test_examples, args.split_seed)
+    rows = require_split(data, "test", name, columns)
+    check_text(rows, columns, f"`{name}`, split `test`")
+    return take(rows, args.max_test_examples, args.split_seed)
 
 
 def completion_task(
@@ -228,9 +240,14 @@ def completion_task(
     model: ModelArguments,
     test: Callable[[FederatedTrainer, Path], Mapping[str, float]],
     metric: str,
+    references: Dataset,
     partition_by: str | None = None,
 ) -> Task:
-    """The `Task` of a causal language model that is validated by its loss on completions."""
+    """The `Task` of a causal language model that is validated by its loss on completions, as `mean_nll` has it.
+
+    What is trained on is `Trainer`'s loss, with label smoothing if it is asked for. `references` are the tokenised test
+    rows.
+    """
     return Task(
         name=name,
         train=train,
@@ -241,14 +258,46 @@ def completion_task(
         metric=metric,
         validation_metric="loss",
         greater_is_better=False,
+        tests={"test": references},
         partition_by=partition_by,
         trainer_kwargs={
             "processing_class": tokenizer,
             "data_collator": DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+            "preprocess_logits_for_metrics": row_nll,
+            "compute_metrics": mean_nll,
         },
     )
 
 
 def loss_on(trainer: FederatedTrainer, references: Dataset) -> float:
-    """Loss on tokenised test references, as `Trainer` computes it: with its label smoothing, if there is any."""
+    """`mean_nll` of tokenised test references."""
     return float(trainer.evaluate(references, metric_key_prefix="test")["test_loss"])
+
+
+def row_nll(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each row's completion: all that evaluation keeps of the logits.
+
+    Args:
+        logits: Of shape `(rows, length, vocabulary)`; the first, if the model returns more.
+        labels: Of shape `(rows, length)`, `IGNORED` on prompts and padding.
+
+    Returns:
+        Sums in nats and numbers of tokens, of shape `(rows, 2)`, float32.
+    """
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    predicted, wanted = logits[:, :-1], labels[:, 1:]
+    sums = [  # row by row: in float32, the logits of a batch are large
+        torch.nn.functional.cross_entropy(row.float(), tokens, ignore_index=IGNORED, reduction="sum")
+        for row, tokens in zip(predicted, wanted)
+    ]
+    return torch.stack([torch.stack(sums), (wanted != IGNORED).sum(dim=1).float()], dim=1)
+
+
+def mean_nll(prediction: EvalPrediction) -> dict[str, float]:
+    """Mean negative log-likelihood of completions per token, nats, from what `row_nll` keeps.
+
+    Replaces the loss that `Trainer` reports, a mean of means of batches, with label smoothing: that depends on the
+    batch size and on how rows are put together.
+    """
+    total, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
+    return {"loss": float(total / tokens)}

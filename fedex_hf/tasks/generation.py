@@ -32,7 +32,11 @@ class GenerationArguments:
         default=1.0, metadata={"help": "Beams are ranked by log-likelihood / length ** length_penalty."}
     )
     no_repeat_ngram_size: int = field(
-        default=0, metadata={"help": "No n-gram of that size occurs twice; 0 allows all."}
+        default=0,
+        metadata={
+            "help": "No n-gram of that size occurs twice in an output together with its prompt: what the prompt says "
+            "cannot be repeated either. 0 allows all."
+        },
     )
     generation_batch_size: int = field(default=8, metadata={"help": "Prompts per batch and process."})
     skip_missing_metrics: bool = field(

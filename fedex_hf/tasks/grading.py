@@ -12,10 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fedex_hf.comparison.arguments import RecipeError
-from fedex_hf.metrics import missing_requirements
-from fedex_hf.metrics.commonsense import COMMONSENSE_ANSWERS, extract_answer
-from fedex_hf.metrics.gsm8k import GOLD_MARK, last_number
-from fedex_hf.metrics.math_answers import Verifier, equivalent
+from fedex_hf.metrics import load_metric, missing_requirements
 from fedex_hf.tasks.completion import tokenize_completions
 from fedex_hf.tasks.data import DataError
 from fedex_hf.tasks.generation import GenerationArguments, check_prompts, generate, save_outputs
@@ -99,7 +96,7 @@ class GradedTest:
 
 
 def grade(metric: str, outputs: Sequence[str], references: Sequence[str], config: str | None = None) -> list[bool]:
-    """Tell which outputs are right; their share is the metric.
+    """Tell which outputs are right, as the metric itself does: its value is their share.
 
     Args:
         metric: `"gsm8k"`, `"math"` or `"commonsense"`.
@@ -111,15 +108,10 @@ def grade(metric: str, outputs: Sequence[str], references: Sequence[str], config
         >>> grade("gsm8k", ["She has 1,000.", "None."], ["... #### 1000", "#### 3"])
         [True, False]
     """
-    if metric == "commonsense":
-        return [extract_answer(str(config), output) == answer for output, answer in zip(outputs, references)]
-    if metric == "gsm8k":
-        return [last_number(output) == _gold(reference) for output, reference in zip(outputs, references)]
-    with Verifier() as verifier:
-        return [equivalent(output, reference, verifier) for output, reference in zip(outputs, references)]
+    return _load(metric, config).matches(outputs, references)
 
 
-def check_references(metric: str, references: Sequence[str], where: str, config: str | None = None) -> None:
+def check_references(metric: str, references: Sequence[Any], where: str, config: str | None = None) -> None:
     """Refuse references that no output could be compared with, before anything is trained.
 
     Args:
@@ -129,16 +121,12 @@ def check_references(metric: str, references: Sequence[str], where: str, config:
     Raises:
         DataError: With the first one, and what is expected.
     """
-    usable, expected = {
-        "commonsense": (lambda text: text in COMMONSENSE_ANSWERS[str(config)], "an answer that the set allows"),
-        "gsm8k": (lambda text: _gold(text) is not None, f"a number after `{GOLD_MARK}`"),
-        "math": (lambda text: bool(text.strip()), "a solution"),
-    }[metric]
-    bad = [index for index, text in enumerate(references) if not usable(text)]
+    grader = _load(metric, config)
+    bad = [index for index, text in enumerate(references) if not isinstance(text, str) or grader.gold(text) is None]
     if bad:
         raise DataError(
             f"{where}: {len(bad)} of {len(references)} rows have no reference to compare with, row {bad[0]} first: "
-            f"{references[bad[0]][-80:]!r}. Expected: {expected}. Correct or drop those rows."
+            f"{str(references[bad[0]])[-80:]!r}. Expected: {grader.expected}. Correct or drop those rows."
         )
 
 
@@ -176,5 +164,6 @@ def rows_to_read(
     return [dict(zip(named, values)) for values in zip(*named.values())]
 
 
-def _gold(reference: str) -> Any:
-    return last_number(reference.rsplit(GOLD_MARK, 1)[-1])
+def _load(metric: str, config: str | None) -> Any:
+    """The metric; the test's name is the config of `commonsense` alone."""
+    return load_metric(metric, config if metric == "commonsense" else None)

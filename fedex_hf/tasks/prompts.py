@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fedex_hf.metrics.math_answers import final_answer
@@ -23,12 +24,6 @@ _CALCULATION = re.compile(r"<<[^<>]*>>")
 _FINAL_ANSWER = re.compile(r"####\s*(.+?)\s*$")
 _ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+)\s*$")
 
-# Columns of a training set -> what a row's completion is made of.
-ARITHMETIC_COLUMNS = {
-    "metamath": ("query", "response"),
-    "gsm8k": ("question", "answer"),
-    "math": ("problem", "solution"),
-}
 COMMONSENSE_SETS = (
     "boolq",
     "piqa",
@@ -56,31 +51,6 @@ def e2e_completion(row: Row) -> str:
     return f" {row['human_reference'].strip()}"
 
 
-def arithmetic_form(columns: list[str]) -> str | None:
-    """Which form rows with these columns have: a key of `ARITHMETIC_COLUMNS`, or `None`.
-
-    Example:
-        >>> arithmetic_form(["type", "query", "original_question", "response"])
-        'metamath'
-    """
-    return next((form for form, needed in ARITHMETIC_COLUMNS.items() if set(needed) <= set(columns)), None)
-
-
-def arithmetic_prompt(row: Row) -> str:
-    """A question in MetaMath's form (Yu et al. 2024, arXiv 2309.12284), the same for training and test."""
-    question = row[next(column for column, _ in ARITHMETIC_COLUMNS.values() if column in row)]
-    return _ALPACA.format(instruction=question.strip()) + "### Response: Let's think step by step."
-
-
-def arithmetic_completion(row: Row) -> str:
-    """A worked answer that ends in `The answer is: ...`, as MetaMathQA's do."""
-    if "response" in row:
-        return f" {row['response'].strip()}"
-    if "answer" in row:
-        return f" {gsm8k_response(row['answer'])}"
-    return f" {math_response(row['solution'])}"
-
-
 def gsm8k_response(answer: str) -> str:
     """GSM8K's answer as MetaMathQA writes it: without the calculator's annotations, the result also in words.
 
@@ -103,6 +73,50 @@ def math_response(solution: str) -> str:
     text = solution.strip()
     answer = final_answer(text)
     return text if answer is None else f"{text}\nThe answer is: {answer}"
+
+
+@dataclass(frozen=True)
+class ArithmeticForm:
+    """Rows of questions and worked answers, by the columns that hold them; others are not read.
+
+    Args:
+        question, answer: Names of the columns.
+        respond: A value of `answer` -> the response as MetaMathQA writes it, which ends in `The answer is: ...`.
+    """
+
+    question: str
+    answer: str
+    respond: Callable[[str], str]
+
+    @property
+    def columns(self) -> tuple[str, str]:
+        """What a row must have."""
+        return self.question, self.answer
+
+    def prompt(self, row: Row) -> str:
+        """The question in MetaMath's form (Yu et al. 2024, arXiv 2309.12284), the same for training and test."""
+        return _ALPACA.format(instruction=row[self.question].strip()) + "### Response: Let's think step by step."
+
+    def completion(self, row: Row) -> str:
+        """The response to it."""
+        return f" {self.respond(row[self.answer])}"
+
+
+ARITHMETIC_FORMS = {
+    "metamath": ArithmeticForm("query", "response", str.strip),
+    "gsm8k": ArithmeticForm("question", "answer", gsm8k_response),
+    "math": ArithmeticForm("problem", "solution", math_response),
+}
+
+
+def arithmetic_form(columns: Sequence[str]) -> str | None:
+    """Which form rows with these columns have: the first of `ARITHMETIC_FORMS` that finds both its columns, or `None`.
+
+    Example:
+        >>> arithmetic_form(["type", "query", "original_question", "response"])
+        'metamath'
+    """
+    return next((name for name, form in ARITHMETIC_FORMS.items() if set(form.columns) <= set(columns)), None)
 
 
 def commonsense_prompt(row: Row) -> str:
