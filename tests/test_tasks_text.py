@@ -256,7 +256,7 @@ def test_columns_are_kept_on_request(tokenizer):
 def collated(tokenizer, number=8):
     tokenizer.padding_side = "right"
     rows = tokenized(tokenizer).select(range(number))
-    task = completion_task("e2e", rows, rows, tokenizer, ModelArguments(), None, "loss")
+    task = completion_task("e2e", rows, rows, tokenizer, ModelArguments(), None, "loss", rows)
     return rows, task.trainer_kwargs["data_collator"](list(rows))
 
 
@@ -309,7 +309,9 @@ def test_the_reported_loss_is_the_mean_over_all_tokens_whatever_the_batches(mode
     references = tokenized(tokenizer, rows)
     assert len({len(ids) for ids in references["labels"]}) > 2
     tokenizer.padding_side = "right"
-    given = completion_task("e2e", references, references, tokenizer, ModelArguments(), None, "loss").trainer_kwargs
+    given = completion_task(
+        "e2e", references, references, tokenizer, ModelArguments(), None, "loss", references
+    ).trainer_kwargs
     losses, of_trainer = [], []
     for batch_size in (1, 8):
         args = TrainingArguments(
@@ -480,7 +482,7 @@ rows = Dataset.from_list(json.load(open(f"{sys.argv[3]}/rows.json")))
 args = TrainingArguments(sys.argv[3], per_device_eval_batch_size=2, use_cpu=True, report_to="none")
 tokenizer.padding_side = "right"
 loss = loss_on(
-    Trainer(model, args, **completion_task("x", rows, rows, tokenizer, ModelArguments(), None, "loss").trainer_kwargs),
+    Trainer(model, args, **completion_task("x", rows, rows, tokenizer, ModelArguments(), None, "loss", rows).trainer_kwargs),
     rows,
 )
 assert state.num_processes == 2

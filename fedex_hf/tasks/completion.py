@@ -245,8 +245,8 @@ def completion_task(
 ) -> Task:
     """The `Task` of a causal language model that is validated by its loss on completions, as `mean_nll` has it.
 
-    What is trained on is `Trainer`'s loss, with label smoothing if it is asked for. `references` are the tokenised test
-    rows.
+    What is trained on is `Trainer`'s loss, with label smoothing if it is asked for. `references` are the test rows,
+    tokenised.
     """
     return Task(
         name=name,
