@@ -481,10 +481,8 @@ scores = choice_log_likelihoods(model, tokenizer, prompts, [[" the", " In it"]] 
 rows = Dataset.from_list(json.load(open(f"{sys.argv[3]}/rows.json")))
 args = TrainingArguments(sys.argv[3], per_device_eval_batch_size=2, use_cpu=True, report_to="none")
 tokenizer.padding_side = "right"
-loss = loss_on(
-    Trainer(model, args, **completion_task("x", rows, rows, tokenizer, ModelArguments(), None, "loss", rows).trainer_kwargs),
-    rows,
-)
+task = completion_task("x", rows, rows, tokenizer, ModelArguments(), None, "loss", rows)
+loss = loss_on(Trainer(model, args, **task.trainer_kwargs), rows)
 assert state.num_processes == 2
 json.dump([outputs, scores, loss], open(f"{sys.argv[3]}/{state.process_index}.json", "w"))
 """
