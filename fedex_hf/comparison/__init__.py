@@ -12,7 +12,8 @@ from fedex_hf.comparison.arguments import (
 )
 from fedex_hf.comparison.methods import CENTRALIZED, Method
 from fedex_hf.comparison.results import Run, RunResult, read_results
-from fedex_hf.comparison.runner import ComparisonError, compare
+from fedex_hf.comparison.runner import compare
+from fedex_hf.comparison.settings import ComparisonError
 from fedex_hf.comparison.task import Task
 
 

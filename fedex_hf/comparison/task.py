@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,3 +54,18 @@ class Task:
     partition_by: str | None = None
     trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
     client_trainer_cls: type[Trainer] = Trainer
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the rows of each split: read once, whatever the number of runs."""
+        splits = {"train": self.train, "validation": self.validation}
+        splits |= {f"test {name}": rows for name, rows in self.tests.items()}
+        return {name: digest_of_rows(rows) for name, rows in splits.items()}
+
+
+def digest_of_rows(dataset: Dataset) -> str:
+    """SHA-256 of a dataset's values, whatever way it was made."""
+    digest = hashlib.sha256()
+    for batch in dataset.with_format("arrow").iter(batch_size=1000):
+        digest.update(repr(batch.to_pydict()).encode())
+    return digest.hexdigest()
