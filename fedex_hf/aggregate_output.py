@@ -17,7 +17,7 @@ from fedex_hf.adapter_round import AdapterRound
 from fedex_hf.adapter_sources import COMPANIONS
 from fedex_hf.base_model import LoraSite, UnsupportedModelError
 from fedex_hf.low_rank import plain_product
-from fedex_hf.saving import plain_lora_config
+from fedex_hf.plain_lora import plain_lora_config
 from fedex_hf.skeleton import base_name
 from fedex_hf.tensor_files import (
     FLOATS,

@@ -1,138 +1,105 @@
-"""Room 5: the LoRA state of a `PeftModel`, and the residual in its base weights.
+"""Room 5: the LoRA state of a `PeftModel`, and the residual in its base weights or beside them.
 
-PEFT is asked for every layer's true update (`get_delta_weight`): orientation, scaling and layout are never written by
-hand. What the base holds is a pure function of two things, the original weight and the ledger of residuals,
-`W = W0 + ledger` computed in float64 and rounded once. So installing twice changes nothing, going back to an earlier
-round is exact, and a checkpoint needs the ledger only.
+What the model holds of the residuals is a pure function of the ledger: `W = W0 + ledger`, computed in float64 and
+rounded once, or the ledger itself in the carrying adapter. So installing twice changes nothing, going back to an
+earlier round is exact, and a checkpoint needs the ledger only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from fedex_hf.low_rank import concatenate, max_useful_rank
+from fedex_hf.carrier import CARRIER, activate, attach, carried, carry, content, held, is_active
+from fedex_hf.ledger import Ledger
+from fedex_hf.lora_site import LoraSite, UnsupportedModelError, sites_of
+from fedex_hf.starts import PLAIN_STARTS, check_start
 from fedex_hf.updates import GlobalUpdate, LowRankDelta
 
 
-class UnsupportedModelError(ValueError):
-    """The model cannot be aggregated exactly; the message says why and what to do instead."""
+__all__ = ["AdaptedModel", "Ledger", "LoraSite", "UnsupportedModelError", "check_peft_type"]
 
-
-@dataclass(frozen=True)
-class LoraSite:
-    """One adapted layer.
-
-    Args:
-        name: The layer's name in the `PeftModel`.
-        layer: PEFT's LoRA layer; its base is an `nn.Linear` or transformers' `Conv1D`.
-        adapter: Name of the trained adapter.
-    """
-
-    name: str
-    layer: LoraLinear
-    adapter: str
-
-    @property
-    def A(self) -> nn.Parameter:
-        """`lora_A` of shape `(r, in_features)`."""
-        return cast(nn.Parameter, _linear(self.layer.lora_A[self.adapter]).weight)
-
-    @property
-    def B(self) -> nn.Parameter:
-        """`lora_B` of shape `(out_features, r)`."""
-        return cast(nn.Parameter, _linear(self.layer.lora_B[self.adapter]).weight)
-
-    @property
-    def base_weight(self) -> nn.Parameter:
-        """The frozen weight in its own layout: `(out, in)` for `nn.Linear`, `(in, out)` for `Conv1D`."""
-        return cast(nn.Parameter, self.layer.get_base_layer().weight)
-
-    @property
-    def scaling(self) -> float:
-        """PEFT's scaling of this layer, no unit."""
-        return float(self.layer.scaling[self.adapter])
-
-    def read(self) -> LowRankDelta:
-        """A copy of the layer's factors on the CPU."""
-        return LowRankDelta(_snapshot(self.A), _snapshot(self.B), self.scaling)
-
-    @torch.no_grad()
-    def write(self, delta: LowRankDelta) -> None:
-        """Copy factors of the layer's own rank into the model."""
-        self.A.copy_(delta.A)
-        self.B.copy_(delta.B)
-
-    @torch.no_grad()
-    def dense(self, delta: LowRankDelta) -> torch.Tensor:
-        """What a factored update adds to `base_weight`, by PEFT's own `get_delta_weight`.
-
-        Args:
-            delta: Factors of any rank for this layer.
-
-        Returns:
-            Tensor in the layout of `base_weight`, float64, on the CPU.
-        """
-        B = delta.B.double() * (delta.scaling / self.scaling)
-        lora_A, lora_B = _linear(self.layer.lora_A[self.adapter]), _linear(self.layer.lora_B[self.adapter])
-        with _replaced_weight(lora_A, delta.A.double()), _replaced_weight(lora_B, B):
-            return self.layer.get_delta_weight(self.adapter)
+STORAGES = ("auto", "base", "adapter")
 
 
 class AdaptedModel:
-    """Reads and writes what the clients train in a `PeftModel`, and installs the ledger in its base weights.
+    """Reads and writes what the clients train in a `PeftModel`, and installs the ledger.
 
     Args:
-        model: A `PeftModel` with one active LoRA adapter.
-        changes_base: Whether residuals will be added to base weights; then these must be float32 and untied.
+        model: A `PeftModel` with one active LoRA adapter. If it comes with a carrier, as the model of an earlier
+            federation does, what that holds is the ledger to begin with.
+        changes_base: Whether residuals will be installed.
+        storage: Where: `"base"` adds them to the base weights, which must be float32 and untied; `"adapter"` carries
+            them in a second, frozen adapter and leaves the base alone; `"auto"` takes the base where it can.
+
+    Attributes:
+        storage: `"base"` or `"adapter"`, decided.
+        ledger: What is installed.
 
     Raises:
         UnsupportedModelError: If the model is not supported; see `docs/limits.md` for the list and the reasons.
     """
 
-    def __init__(self, model: nn.Module, changes_base: bool) -> None:
+    def __init__(self, model: nn.Module, changes_base: bool, storage: str = "auto") -> None:
         self.model = _check_peft_model(model)
-        self.adapter = self.model.active_adapters[0]
-        self.sites = {
-            name: LoraSite(name, check_layer(name, layer, self.adapter), self.adapter)
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, LoraLayer) and self.adapter in layer.r
-        }
+        self.adapter = next(name for name in self.model.active_adapters if name != CARRIER)
+        _keep_four_bit_weights(self.model)
+        self.sites = sites_of(self.model, self.adapter)
         if not self.sites:
             raise UnsupportedModelError(
                 f"The adapter `{self.adapter}` adapts no layer of `{type(self.model.get_base_model()).__name__}`. "
                 "Check `target_modules` of your `LoraConfig`."
             )
-        if not any(site.B.requires_grad for site in self.sites.values()):
+        if not any(each.requires_grad for site in self.sites.values() for each in site.parameters):
             raise UnsupportedModelError(
                 f"The adapter `{self.adapter}` is frozen, so there is nothing to train. Load it with "
                 "`PeftModel.from_pretrained(..., is_trainable=True)`."
             )
         _check_no_running_statistics(self.model)
+        _check_not_shared(self.sites)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise UnsupportedModelError(f"`{name}` holds NaN or Inf before any training. Load or build it anew.")
-        if changes_base:
-            _check_base_weights(self.model, self.sites)
-        factors = {id(factor) for site in self.sites.values() for factor in (site.A, site.B)}
+        carries = content(self.model, self.sites)
+        if carries and storage == "base":
+            raise UnsupportedModelError(
+                f'The model carries residuals in its adapter `{CARRIER}`. Use `residual_storage="auto"` or "adapter", '
+                "or fold them into the base with `model.merge_and_unload()` and start anew."
+            )
+        asked = "adapter" if carries else storage
+        self.storage = _decide(self.model, self.sites, asked) if changes_base or carries else "base"
+        factors = {id(factor) for site in self.sites.values() for factor in site.parameters}
         self.tensors = {
             name: parameter
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad and id(parameter) not in factors
         }
-        self.originals: dict[str, torch.Tensor] = {}
+        self.originals = {name: _snapshot(site.base_weight) for name, site in self.sites.items() if site.layout.drifts}
+        self.ledger = Ledger()
         self.holds_offsets = False
+        self._own_rank: dict[str, tuple[tuple[nn.Parameter, nn.Parameter], float]] = {}  # while a client has another
+        self._carriers = attach(self.model, self.sites) if self.storage == "adapter" else {}
+        if carries:
+            self.install(Ledger().plus(carries, self.sites))
 
     def read(self) -> GlobalUpdate:
-        """A copy of everything the clients train, on the CPU."""
+        """A copy of everything the clients train, on the CPU.
+
+        Raises:
+            RuntimeError: If something has switched a carrier off meanwhile: what was trained since belongs to another
+                model.
+        """
+        for name, site in self.sites.items():
+            if self.storage == "adapter" and not is_active(site):
+                raise RuntimeError(
+                    f"The adapter `{CARRIER}`, which carries the residuals, is switched off in layer `{name}`: "
+                    "something called `set_adapter` or `add_adapter`. Call "
+                    f"`layer.set_adapter(['{self.adapter}', '{CARRIER}'])` on every adapted layer afterwards."
+                )
         return GlobalUpdate(
             adapters={name: site.read() for name, site in self.sites.items()},
             tensors={name: _snapshot(parameter) for name, parameter in self.tensors.items()},
@@ -140,7 +107,23 @@ class AdaptedModel:
 
     @torch.no_grad()
     def write(self, state: GlobalUpdate) -> None:
-        """Copy a state into the model; base weights are not touched."""
+        """Copy a state into the model, at the model's own ranks; base weights and carriers are not touched."""
+        for name, (factors, scaling) in self._own_rank.items():
+            self.sites[name].exchange(*factors, scaling)
+        self._own_rank = {}
+        self._write(state)
+
+    @torch.no_grad()
+    def write_client(self, state: GlobalUpdate) -> None:
+        """Copy a client's state into the model, whatever its ranks; the next `write` brings the model's own back."""
+        for name, site in self.sites.items():
+            own = state.adapters[name]
+            if own.rank != site.A.shape[-2]:
+                self._own_rank.setdefault(name, (site.parameters, site.scaling))
+                site.resize(own)
+        self._write(state)
+
+    def _write(self, state: GlobalUpdate) -> None:
         for name, site in self.sites.items():
             site.write(state.adapters[name])
         for name, parameter in self.tensors.items():
@@ -148,9 +131,10 @@ class AdaptedModel:
 
     @torch.no_grad()
     def install(self, ledger: Ledger, offsets: Mapping[str, LowRankDelta] | None = None) -> None:
-        """Set every base weight to `original + ledger`, rounded once to the weight's dtype.
+        """Make the model hold a ledger.
 
-        The originals are kept from the first call on, one copy of the adapted base weights.
+        In the base: every weight becomes `original + ledger`, rounded once to its dtype; the originals are kept from
+        the first call on, one copy of the adapted base weights. In the carrier: the ledger's own factors or matrices.
 
         Args:
             ledger: All residuals.
@@ -158,12 +142,24 @@ class AdaptedModel:
         """
         offsets = offsets or {}
         self.holds_offsets |= bool(offsets)  # also if it ends half-way
-        for name in ledger.layers() | self.originals.keys() | offsets.keys():
-            weight = self.sites[name].base_weight
-            if name not in self.originals:
-                self.originals[name] = _snapshot(weight)
-            weight.copy_(self.base_weight_at(name, ledger, offsets.get(name)))
+        if self.storage == "adapter":
+            for name, carrier in self._carriers.items():
+                carry(self.model, carrier, carried(ledger, offsets.get(name), self.sites[name]))
+                if not is_active(self.sites[name]):
+                    activate(self.sites[name])
+        else:
+            for name in ledger.layers() | self.originals.keys() | offsets.keys():
+                weight = self.sites[name].base_weight
+                if name not in self.originals:
+                    self.originals[name] = _snapshot(weight)
+                weight.copy_(self.base_weight_at(name, ledger, offsets.get(name)))
         self.holds_offsets = bool(offsets)
+        self.ledger = ledger
+
+    @property
+    def needs_restoring(self) -> bool:
+        """Whether the base may hold more than the ledger: a client's offsets, or what PEFT's folding left behind."""
+        return self.holds_offsets or any(site.layout.drifts for site in self.sites.values())
 
     def original(self, name: str) -> torch.Tensor:
         """A layer's base weight before any residual, in its own dtype and layout, on the CPU."""
@@ -171,8 +167,13 @@ class AdaptedModel:
         return self.sites[name].base_weight.detach().cpu() if original is None else original
 
     def base_weight_at(self, name: str, ledger: Ledger, offset: LowRankDelta | None = None) -> torch.Tensor:
-        """A layer's base weight under a ledger and a client's offset, in its own dtype and layout, on the CPU."""
+        """A layer's base weight under a ledger and a client's offset, in its own dtype and layout, on the CPU.
+
+        With the storage `"adapter"` that is the original one.
+        """
         original, site = self.original(name), self.sites[name]
+        if self.storage == "adapter":
+            return original
         added, own = ledger.dense(name, site), None if offset is None else site.dense(offset)
         if added is None and own is None:
             return original
@@ -181,63 +182,37 @@ class AdaptedModel:
             total = total if each is None else total + each
         return total.to(original.dtype)
 
+    def installed(self, name: str) -> torch.Tensor:
+        """What a layer holds beside the trained adapter and any untouched base, read from the live model.
 
-@dataclass
-class Ledger:
-    """The sum of all residuals so far, layer by layer, in float32.
+        Returns:
+            Matrix of shape `(out_features, in_features)`, or one per expert, float64, on the CPU: the base weight, or
+            what the carrier adds to it, which is nothing if it is switched off.
+        """
+        site = self.sites[name]
+        if self.storage == "base":
+            return site.matrix(site.base_weight.detach().cpu().double())
+        if not is_active(site):
+            return self.installed_at(name, Ledger())
+        dense = held(self._carriers[name])
+        if dense is not None:
+            return dense.cpu().double()
+        return site.matrix(site.dense(self._carriers[name].read()))
 
-    A layer's sum stays two thin factors as long as they are smaller than the dense matrix, and is dense afterwards.
+    def installed_at(self, name: str, ledger: Ledger, offset: LowRankDelta | None = None) -> torch.Tensor:
+        """What `installed` would return under another ledger and a client's offset."""
+        site = self.sites[name]
+        if self.storage == "base":
+            return site.matrix(self.base_weight_at(name, ledger, offset).double())
+        delta = carried(ledger, offset, site)
+        if delta is None:
+            return torch.zeros(site.B.shape[-2], site.A.shape[-1], dtype=torch.float64)
+        return site.matrix(delta.double() if isinstance(delta, torch.Tensor) else site.dense(delta))
 
-    Args:
-        factors: Layer name -> concatenated residual factors.
-        matrices: Layer name -> dense sum in the layout of the base weight, float32.
-    """
-
-    factors: dict[str, LowRankDelta] = field(default_factory=dict)
-    matrices: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def layers(self) -> set[str]:
-        """Names of the layers that hold a residual."""
-        return self.factors.keys() | self.matrices.keys()
-
-    def dense(self, name: str, site: LoraSite) -> torch.Tensor | None:
-        """A layer's sum in the layout of its base weight, float64; `None` where there is none."""
-        if name in self.matrices:
-            return self.matrices[name].double()
-        return site.dense(self.factors[name]) if name in self.factors else None
-
-    def plus(self, residuals: Mapping[str, LowRankDelta], sites: Mapping[str, LoraSite]) -> Ledger:
-        """A new ledger with one round's residuals added; this one is left as it is."""
-        factors, matrices = dict(self.factors), dict(self.matrices)
-        for name, residual in residuals.items():
-            if name in matrices:
-                matrices[name] = (matrices[name].double() + sites[name].dense(residual)).float()
-                continue
-            total = concatenate([factors[name], residual]) if name in factors else residual
-            if total.rank < max_useful_rank(total):
-                factors[name] = total
-            else:
-                factors.pop(name, None)
-                matrices[name] = sites[name].dense(total).float()
-        return Ledger(factors, matrices)
-
-
-def _linear(module: nn.Module) -> nn.Linear:
-    return cast(nn.Linear, module)
-
-
-def _snapshot(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().to("cpu", copy=True)
-
-
-@contextmanager
-def _replaced_weight(linear: nn.Linear, weight: torch.Tensor) -> Iterator[None]:
-    original = linear.weight
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    try:
-        yield
-    finally:
-        linear.weight = original
+    def resolution(self, name: str) -> float:
+        """Norm below which what holds a layer's residual resolves nothing."""
+        kept = torch.float32 if self.storage == "adapter" else self.sites[name].base_weight.dtype
+        return torch.finfo(kept).eps * float(torch.linalg.vector_norm(self.installed(name)))
 
 
 def check_peft_type(what: str, config: PeftConfig) -> None:
@@ -259,65 +234,107 @@ def _check_peft_model(model: nn.Module) -> PeftModel:
             f"`model` is a `{type(model).__name__}` without LoRA. Pass `peft_config=LoraConfig(...)`, or a model that "
             "`peft.get_peft_model` has returned."
         )
-    active = list(model.active_adapters)
+    active = [name for name in model.active_adapters if name != CARRIER]
     if len(active) != 1:
         raise UnsupportedModelError(
             f"The model has {len(active)} active adapters ({active}). Allowed: one; call `model.set_adapter(name)`."
         )
     config = model.peft_config[active[0]]
     check_peft_type(f"The adapter `{active[0]}`", config)
-    start = cast(LoraConfig, config).init_lora_weights
-    if start not in (True, False, "gaussian", "orthogonal"):
+    check_start(config)
+    config = cast(LoraConfig, config)
+    if config.init_lora_weights not in PLAIN_STARTS:
         raise UnsupportedModelError(
-            f"`init_lora_weights={start!r}` is not supported yet: such a start sets the base weight or the factors "
-            'from the weights or the data. Allowed: True, False, "gaussian", "orthogonal".'
+            f"The adapter `{active[0]}` was started with `init_lora_weights={config.init_lora_weights!r}`, which has "
+            "already changed the base weights. Pass the plain model together with `peft_config`: the start then "
+            "becomes the residual of round 0."
+        )
+    if config.layer_replication:
+        raise UnsupportedModelError(
+            f"`layer_replication={config.layer_replication}` makes several layers share one base weight, so a "
+            "residual would act in all of them. Replicate the layers in the model itself, and leave it out of your "
+            "`LoraConfig`."
         )
     return model
 
 
-def check_layer(name: str, layer: LoraLayer, adapter: str) -> LoraLinear:
-    if type(layer) is not LoraLinear:
+def _decide(model: PeftModel, sites: Mapping[str, LoraSite], storage: str) -> str:
+    """`"base"` or `"adapter"`.
+
+    Raises:
+        ValueError: If `storage` is unknown.
+        UnsupportedModelError: If a layer can hold its residual in neither, or not in the one that was asked for.
+    """
+    if storage not in STORAGES:
+        raise ValueError(f"`residual_storage={storage!r}`. Allowed: {', '.join(map(repr, STORAGES))}.")
+    not_base, instead = _why_not_base(model, sites)
+    if not not_base and storage != "adapter":
+        return "base"
+    if storage == "base":
         raise UnsupportedModelError(
-            f"Layer `{name}` is a LoRA `{type(layer).__name__}`. Supported so far: LoRA on `nn.Linear` and `Conv1D`. "
-            "Leave it out with `target_modules` or `exclude_modules` of your `LoraConfig`."
+            f'{not_base} Use `residual_storage="adapter"`, which leaves the base alone{instead}.'
         )
-    variant = layer.lora_variant.get(adapter)
-    if variant is not None:
-        raise UnsupportedModelError(
-            f"Layer `{name}` uses {type(variant).__name__}, whose update is not `scaling * B @ A`. Supported so far: "
-            "plain LoRA and rsLoRA; switch the variant (for example `use_dora`) off in your `LoraConfig`."
-        )
-    if layer.get_base_layer().weight.requires_grad:
-        raise UnsupportedModelError(
-            f"The base weight of `{name}` is itself trained (`requires_grad`), so there is no frozen weight to hold "
-            "the residual. Freeze it with `requires_grad_(False)`, or train the layer in full with `modules_to_save`."
-        )
-    if layer.merged:
-        raise UnsupportedModelError(
-            f"Layer `{name}` holds a merged adapter, which would be counted twice. Call `model.unmerge_adapter()`."
-        )
-    return layer
+    for name, site in sites.items():
+        if not site.layout.carries:
+            raise UnsupportedModelError(
+                f"Layer `{name}` is a LoRA `{type(site.layer).__name__}`, which PEFT adds to the weight in the "
+                "weight's own dtype in every forward pass, so a residual beside the weight would not be exact. "
+                f"{not_base or 'You asked for `adapter`.'} Load the model with `dtype=torch.float32` and untied "
+                'weights and use `residual_storage="auto"`, or leave such layers out of your `LoraConfig`.'
+            )
+    return "adapter"
 
 
-def _check_base_weights(model: PeftModel, sites: Mapping[str, LoraSite]) -> None:
+def _why_not_base(model: PeftModel, sites: Mapping[str, LoraSite]) -> tuple[str, str]:
+    """Why a residual cannot be added to the base weights, and how it could be; both empty if it can."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter.data_ptr(), []).append(name)
     for name, site in sites.items():
         weight = site.base_weight
+        if site.layout.quantized:
+            return (
+                f"The base weight of `{name}` is quantized ({type(weight).__name__}): with a residual added it would "
+                "have to be quantized again, and most of the residual would be lost.",
+                ", or load the model without `quantization_config`, with `dtype=torch.float32`",
+            )
         if weight.dtype != torch.float32:
-            raise UnsupportedModelError(
+            return (
                 f"The base weight of `{name}` is {weight.dtype}: a residual added to it would round away (80 to 99 % "
-                "of it is lost in bfloat16). Load the model with `dtype=torch.float32`, or use an aggregator that "
-                "leaves the base alone (`fedit`, `ffa`)."
+                "of it is lost in bfloat16).",
+                ", or load the model with `dtype=torch.float32`",
             )
         shared = owners[weight.data_ptr()]
         if len(shared) > 1:
-            raise UnsupportedModelError(
+            return (
                 f"The base weight of `{name}` is one tensor with several places in the model ({', '.join(shared)}): "
-                "its residual would act in all of them. Leave the layer out of `target_modules`, or untie the weights "
-                "(`tie_word_embeddings=False`)."
+                "a residual added to it would act in all of them.",
+                ", or untie the weights (`tie_word_embeddings=False`)",
             )
+    return "", ""
+
+
+def _check_not_shared(sites: Mapping[str, LoraSite]) -> None:
+    owners: dict[int, str] = {}
+    for name, site in sites.items():
+        for each in site.parameters:
+            other = owners.setdefault(each.data_ptr(), name) if each.numel() else name
+            if other != name:
+                raise UnsupportedModelError(
+                    f"The layers `{other}` and `{name}` share their LoRA factors, so their update would be counted "
+                    "twice. Train one of them only, or set `ensure_weight_tying=False` in your `LoraConfig`."
+                )
+
+
+def _keep_four_bit_weights(model: nn.Module) -> None:
+    """Keep bitsandbytes (0.50) from packing 4-bit weights anew in the first evaluation on some CPUs.
+
+    There it rounds their scales to bfloat16: the base would be another one from then on.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.state_dict()  # unpacks what is packed already
+            cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 def _check_no_running_statistics(model: nn.Module) -> None:
@@ -327,3 +344,7 @@ def _check_no_running_statistics(model: nn.Module) -> None:
                 f"`{name}` keeps running statistics, which would leak from one client to the next. Replace it by "
                 "`LayerNorm` or `GroupNorm`, or set `track_running_stats=False`."
             )
+
+
+def _snapshot(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach().to("cpu", copy=True)

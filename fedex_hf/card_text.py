@@ -9,7 +9,7 @@ import peft
 import transformers
 
 from fedex_hf.plots import Plot, RoundLog, markdown_table, rounds_table, traffic_unit
-from fedex_hf.run_card import LABELS, RunCard, hub_id, name_of, plain, scrubbed
+from fedex_hf.run_card import LABELS, RunCard, hub_id, name_of, plain, scrubbed, was_cut
 
 
 _LONG = 15  # rounds; a longer table is folded
@@ -38,9 +38,19 @@ def _introduction(card: RunCard, rounds: Sequence[RoundLog]) -> str:
     origin = f", started from [{base}](https://huggingface.co/{base}){revision}," if base else ""
     label = LABELS.get(card.method, f"`{card.method}`")
     changed = card.method not in ("fedit", "ffa")  # an unknown method may have added a residual to the base
+    beside = card.residual_storage == "adapter"
+    full = "They hold the base model and the LoRA adapter beside it."
+    if beside:
+        full = (
+            "They hold the original base model"
+            + (f", quantized with {card.quantization}," if card.quantization else "")
+            + " and one LoRA adapter beside it: the trained adapter and all residuals as one product per layer, up to "
+            "float32 rounding."
+        )
+    elif changed:
+        full += " Aggregation has changed this base, so the adapter belongs to it and to no other."
     contents = {
-        "full": "They hold the base model and the LoRA adapter beside it."
-        + (" Aggregation has changed this base, so the adapter belongs to it and to no other." if changed else ""),
+        "full": full,
         "lora": "They hold one plain LoRA on the original base model"
         + (": adapter and all residuals as one product per layer, up to float32 rounding." if changed else "."),
         "merged": "They hold one plain model into which everything was folded.",
@@ -102,24 +112,34 @@ def _loading(card: RunCard) -> str:
         f"base = {auto}.from_pretrained({base_where})\nmodel = PeftModel.from_pretrained(base, {where})"
     )
     blocks = [plain] if card.round_format != "lora" else []
-    if card.round_format != "merged":
+    if card.round_format != "merged" and not _is_beyond_peft(card):
         blocks += [with_peft] if hasattr(peft, peft_auto) else []
         blocks += [on_base] if card.round_format == "full" or base else []
     return _joined(["## How to load", _loading_notes(card), *(f"```python\n{block}\n```" for block in blocks)])
 
 
+def _is_beyond_peft(card: RunCard) -> bool:
+    """PEFT (0.21.2) puts an adapter that transformers has found beside the base on once more, parameters excepted."""
+    return card.round_format == "full" and bool(card.lora.get("target_parameters"))
+
+
 def _loading_notes(card: RunCard) -> str:
     full, lora, local = card.round_format == "full", card.round_format == "lora", card.repo_id is None
-    low = full and card.dtype in ("bfloat16", "float16")
+    by_peft = full and not _is_beyond_peft(card)
+    low = full and not {"bfloat16", "float16"}.isdisjoint({card.dtype, card.base_dtype})
     notes = {
         f"This needs transformers{'' if card.round_format == 'merged' else ' and peft'} only.": True,
-        "Each block is complete, and all give the same model.": full and not low,
-        "Each block is complete; PEFT's classes keep the adapter in float32, the first block casts it.": low,
-        "PEFT's warning that it finds a `peft_config` already is expected here.": full,
+        "Each block is complete, and all give the same model.": by_peft and not low,
+        "Each block is complete; PEFT's classes keep the adapter in float32, the first block may cast it.": by_peft
+        and low,
+        "PEFT's warning that it finds a `peft_config` already is expected here.": by_peft,
+        "PEFT's own classes cannot load an adapter of parameters beside its base.": full and not by_peft,
         "Run it in the folder of this file, or put the folder's path in the place of `.`.": local,
-        "`AutoPeft…` finds the base by the path in `adapter_config.json`: mend that after a move.": full and local,
+        "`AutoPeft…` finds the base by the path in `adapter_config.json`: mend that after a move.": by_peft and local,
         f"`{card.auto_class}.from_pretrained` would look for the `revision` in the repository of the base, where "
         "there is no such tag, so use PEFT's classes.": lora and not local,
+        f"The base was quantized with {card.quantization} in training: pass the same `quantization_config` to "
+        "`from_pretrained` for the same model.": lora and card.quantization is not None,
         "The base is not on the Hub: `adapter_config.json` says where it was.": lora and not hub_id(card.base_model),
     }
     return " ".join(note for note, holds in notes.items() if holds)
@@ -176,8 +196,17 @@ def _method(card: RunCard) -> str:
     )
     measured = "How far the result is from that average is measured in every round and stands in the table above."
     if card.method == "fedex":
-        part = "the difference" if card.is_exact else "the best low-rank approximation of the difference"
-        solution = f"{link} averages both factors and adds {part}, the residual, to the frozen base weight"
+        part = "the difference"
+        if not card.is_exact:
+            summed = " summed over all rounds" if was_cut(card.log_history) else ""
+            part = f"the best low-rank approximation of the difference{summed}"
+        verb, place = "adds", "to the frozen base weight"
+        if card.residual_storage == "adapter":
+            verb, place = (
+                "carries",
+                "in a second, frozen LoRA in float32 beside the base weight, which stays as it was",
+            )
+        solution = f"{link} averages both factors and {verb} {part}, the residual, {place}"
         end = "so every client continues from that average" if card.is_exact else "so what was cut off is lost"
         return f"{problem} {solution}, {end}. {measured}"
     if card.method == "fedit":

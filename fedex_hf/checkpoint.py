@@ -27,15 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fedex_hf.base_model import AdaptedModel, Ledger
+from fedex_hf.base_versions import base_digest
 from fedex_hf.updates import GlobalUpdate, LowRankDelta
 
 
 FOLDER = "federation"
+BASE = "base weights (sha256)"  # in a fingerprint
 CLIENT_ADAPTERS = "clients/adapters.private"
 _STATE, _LEDGER, _META = "state.safetensors", "ledger.safetensors", "state.json"
 _FORMAT = 1
@@ -149,27 +150,16 @@ def fingerprint_of(adapted: AdaptedModel, **settings: Any) -> dict[str, Any]:
         adapted: The model; its original base weights, layer shapes and scalings go in.
         settings: JSON values that also must be equal, such as the aggregator's name.
     """
-    digest = hashlib.sha256()
-    originals = {id(adapted.sites[name].base_weight): weight for name, weight in adapted.originals.items()}
-    unused = {  # the heads that trained ones stand in for: random in a base that has none, and never used
-        id(parameter)
-        for module in adapted.model.modules()
-        if isinstance(module, ModulesToSaveWrapper)
-        for parameter in module.original_module.parameters()
-    }
-    for parameter in adapted.model.parameters():
-        if not parameter.requires_grad and parameter.numel() and id(parameter) not in unused:
-            weight = originals.get(id(parameter), parameter.detach())
-            digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
     layers = {
         name: {"A": list(site.A.shape), "B": list(site.B.shape), "scaling": site.scaling}
         for name, site in adapted.sites.items()
     }
     return settings | {
+        "residual storage": adapted.storage,
         "model": type(adapted.model.get_base_model()).__name__,
         "LoRA layers": layers,
         "other trained tensors": {name: list(tensor.shape) for name, tensor in adapted.tensors.items()},
-        "base weights (sha256)": digest.hexdigest(),
+        BASE: base_digest(adapted),
     }
 
 
@@ -296,12 +286,13 @@ def _ledger_layout(adapted: AdaptedModel, ledger: Mapping[str, torch.Tensor]) ->
         kind, _, name = key.partition("/")
         site = adapted.sites.get(name)
         if site is not None and kind == "matrices":
-            layout[key] = (site.base_weight.shape, torch.float32)
+            layout[key] = (site.dense_shape, torch.float32)
         elif site is not None and kind in ("A", "B"):
-            shape = ledger[key].shape if ledger[key].ndim == 2 else (0, 0)
-            rank = shape[0] if kind == "A" else shape[1]
-            layout[f"A/{name}"] = (torch.Size([rank, site.A.shape[1]]), torch.float32)
-            layout[f"B/{name}"] = (torch.Size([site.B.shape[0], rank]), torch.float32)
+            shape = ledger[key].shape if ledger[key].ndim == site.A.ndim else (0, 0)
+            rank = shape[-2] if kind == "A" else shape[-1]
+            *experts, _, in_features = site.A.shape
+            layout[f"A/{name}"] = (torch.Size([*experts, rank, in_features]), torch.float32)
+            layout[f"B/{name}"] = (torch.Size([*experts, site.B.shape[-2], rank]), torch.float32)
     return layout
 
 

@@ -1,23 +1,28 @@
-"""Clients that go on from factors of their own: into the model before a fit, and on the disk with a checkpoint.
+"""Clients that differ: their own factors or ranks go into the model before a fit, and on the disk with a checkpoint.
 
-Everyone else has the global factors. A client's own are stored once, whatever the number of rounds; the offset that
-makes its effective weight the global one is formed at its next fit, from the global state of that moment. So a client
-may sit out any number of rounds.
+A client of another rank starts from the global factors anew in every round (`aggregators/ranks.py`), so nothing of it
+is stored. With `assignment="keep"` clients go on from factors of their own. These are stored once, whatever the number
+of rounds; the offset that makes a client's effective weight the global one is formed at its next fit, from the global
+state of that moment. So a client may sit out any number of rounds.
 
 On the disk they are safetensors under a name that nothing publishes: they belong to the clients and stay with them.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from fedex_hf import checkpoint as ckpt
 from fedex_hf.aggregators.assignments import offsets_of
-from fedex_hf.base_model import AdaptedModel
+from fedex_hf.aggregators.ranks import start_at_rank
+from fedex_hf.base_model import AdaptedModel, LoraSite
 from fedex_hf.updates import GlobalUpdate, LowRankDelta
 
 
@@ -46,6 +51,42 @@ def install_client(adapted: AdaptedModel, federation: ckpt.RoundState, client_id
         adapted.install(federation.ledger, offsets)
         adapted.write(GlobalUpdate(adapters=own, tensors=federation.state.tensors))
     return offsets
+
+
+def install_at_rank(
+    adapted: AdaptedModel, federation: ckpt.RoundState, rank: int, key: str
+) -> dict[str, LowRankDelta]:
+    """Put the global state into the model at another rank, and what that leaves out into the base weights.
+
+    Args:
+        adapted: The model, holding the global state.
+        federation: The state between the rounds.
+        rank: The client's rank in every adapted layer.
+        key: With the layer's name it decides the rows that the global factors do not have.
+
+    Returns:
+        Layer name -> the offset that was added; empty where the client's rank is at least the global one.
+    """
+    own, offsets = {}, {}
+    for name, site in adapted.sites.items():
+        mean, scaling = federation.state.adapters[name], _scaling_at(adapted, site, rank)
+        own[name], offset = start_at_rank(mean, rank, scaling, f"{key}/{name}")
+        if offset is not None:
+            offsets[name] = offset
+    if offsets:
+        adapted.install(federation.ledger, offsets)
+    adapted.write_client(GlobalUpdate(adapters=own, tensors=federation.state.tensors))
+    return offsets
+
+
+def _scaling_at(adapted: AdaptedModel, site: LoraSite, rank: int) -> float:
+    """PEFT's scaling of a layer if it had another rank."""
+    config = cast(LoraConfig, adapted.model.peft_config[site.adapter])
+
+    def by_peft(r: int) -> float:
+        return float(site.layer.lora_alpha[site.adapter] / (math.sqrt(r) if config.use_rslora else r))
+
+    return by_peft(rank) * (site.scaling / by_peft(site.layer.r[site.adapter]))  # 1.0 unless someone has set another
 
 
 def write_client_adapters(

@@ -27,8 +27,8 @@ class LayerExactness:
         error: Norm of (effective weight that is installed - ideal effective weight).
         fedit: Norm of (effective weight that FedIT would have installed - ideal effective weight): the base weight
             common to all clients with the averaged factors, and no residual, whatever the method assigns.
-        resolution: Norm below which the base weight's own dtype resolves nothing. Where nothing should have changed,
-            a ratio has no denominator: an error up to this counts as 0, one above as infinite.
+        resolution: Norm below which the dtype of what holds the residual resolves nothing. Where nothing should have
+            changed, a ratio has no denominator: an error up to this counts as 0, one above as infinite.
     """
 
     change: float
@@ -96,22 +96,21 @@ def measure_exactness(
     layers = {}
     for name, site in adapted.sites.items():
         factors = [update.adapters[name] for update in updates]
-        # Relative to the base weight that is common to the clients.
-        ideal, start = site.dense(weighted_sum(factors, weights)), site.dense(before.adapters[name])
-        weight = site.base_weight.detach().cpu()
-        common = adapted.base_weight_at(name, ledger_before).double()
-        resolution = torch.finfo(weight.dtype).eps * _norm(weight.double())
+        # Relative to what the clients' layers hold in common.
+        ideal = site.matrix(site.dense(weighted_sum(factors, weights)))
+        start = site.matrix(site.dense(before.adapters[name]))
+        installed, common = adapted.installed(name), adapted.installed_at(name, ledger_before)
+        resolution = adapted.resolution(name)
         noise = NOISE * (_norm(ideal) + _norm(start))
         for update, share in zip(updates, weights.tolist(), strict=True):
-            if name in update.offsets:  # as this client's base weight held it, rounded
-                own = adapted.base_weight_at(name, ledger_before, update.offsets[name])
-                ideal += share * (own.double() - common)
+            if name in update.offsets:  # as this client's layer held it, rounded
+                ideal += share * (adapted.installed_at(name, ledger_before, update.offsets[name]) - common)
                 noise = max(noise, resolution)
         change = _norm(ideal - start)
         layers[name] = LayerExactness(
             change=change if change > noise else 0.0,
-            error=_norm(site.dense(site.read()) + (weight.double() - common) - ideal),
-            fedit=_norm(site.dense(mean_factors(factors, weights)) - ideal),
+            error=_norm(site.matrix(site.dense(site.read())) + (installed - common) - ideal),
+            fedit=_norm(site.matrix(site.dense(mean_factors(factors, weights))) - ideal),
             resolution=resolution,
         )
     return Exactness(layers)
@@ -127,8 +126,8 @@ def weighted_sum(factors: Sequence[LowRankDelta], weights: torch.Tensor) -> LowR
     )
 
 
-def _norm(matrix: torch.Tensor) -> float:
-    return torch.linalg.matrix_norm(matrix).item()
+def _norm(tensor: torch.Tensor) -> float:
+    return torch.linalg.vector_norm(tensor).item()
 
 
 def _ratio(part: float, whole: float, resolution: float) -> float:

@@ -21,7 +21,7 @@ from fedex_hf.hub_files import check_name, download_files, parse_repository
 from fedex_hf.hub_rounds import find_round, load_round
 from fedex_hf.model_card import write_card
 from fedex_hf.model_facts import model_facts
-from fedex_hf.run_card import RunCard, versions
+from fedex_hf.run_card import RunCard, versions, was_cut
 from fedex_hf.saving import SavedModel, save_model
 
 
@@ -170,12 +170,13 @@ def _card_of(directory: Path, adapted: AdaptedModel, saved: SavedModel) -> RunCa
     aggregator, clients = meta["fingerprint"]["aggregator"], meta["fingerprint"]["clients"]
     known = AGGREGATORS.get(aggregator["name"])
     state = TrainerState.load_from_json(str(directory / TRAINER_STATE_NAME))
+    exact = known is not None and known.name != "fedit" and not aggregator.get("residual_rank")
     return RunCard(
         round=meta["round"],
         num_rounds=int(state.num_train_epochs),
         method=aggregator["name"],
         paper=known.paper if known is not None else "",
-        is_exact=known is not None and known.name != "fedit" and not aggregator.get("residual_rank"),
+        is_exact=exact and not was_cut(state.log_history),
         log_history=state.log_history,
         repo_id=None,
         tag=None,

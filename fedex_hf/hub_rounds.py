@@ -15,13 +15,15 @@ import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PretrainedConfig, PreTrainedModel, TrainerState
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
 from fedex_hf import checkpoint as ckpt
 from fedex_hf.base_model import AdaptedModel
+from fedex_hf.base_reference import BaseReference
+from fedex_hf.casting import base_dtype, name_of_dtype
 from fedex_hf.evaluation import Exactness, LayerExactness
 from fedex_hf.hub_files import UnsafeRepositoryError, download_files, parse_repository, without_tokens
-from fedex_hf.saving import BaseReference
 
 
 _BASE, _CONFIG, _LORA, _EXACTNESS = "base.json", "model_config.json", "lora_config.json", "exactness.json"
@@ -44,7 +46,7 @@ def write_origin(folder: Path, adapted: AdaptedModel, exactness: Exactness | Non
     folder.mkdir(parents=True, exist_ok=True)
     base = cast(PreTrainedModel, adapted.model.get_base_model())
     reference = BaseReference.of(adapted.model)
-    dtype = str(next(iter(adapted.sites.values())).base_weight.dtype).removeprefix("torch.")
+    dtype = name_of_dtype(base_dtype(adapted))
     origin = {"class": type(base).__name__, "name": reference.name, "revision": reference.revision, "dtype": dtype}
     _write_json(folder / _BASE, origin)
     _write_json(folder / _CONFIG, json.loads(base.config.to_json_string(use_diff=False)))
@@ -141,6 +143,7 @@ def load_round_model(directory: str | os.PathLike, token: str | None = None) -> 
             origin["name"],
             revision=origin.get("revision") or "main",
             config=config,
+            **_quantization(config, origin, token),
             dtype=getattr(torch, str(origin.get("dtype")), torch.float32),
             token=token,
             use_safetensors=True,
@@ -155,6 +158,21 @@ def load_round_model(directory: str | os.PathLike, token: str | None = None) -> 
     return cast(PeftModel, get_peft_model(base, adapter))
 
 
+def _quantization(config: PretrainedConfig, origin: dict[str, Any], token: str | None) -> dict[str, Any]:
+    """How to quantize the base: an argument of `from_pretrained`, where its repository holds plain weights.
+
+    With it in the model's own config, which is where the run left it, quantized weights would be looked for.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return {}
+    stored, _ = type(config).get_config_dict(origin["name"], revision=origin.get("revision") or "main", token=token)
+    if "quantization_config" in stored:
+        return {}
+    del config.quantization_config
+    return {"quantization_config": AutoQuantizationConfig.from_dict(dict(settings))}
+
+
 def load_round(directory: str | os.PathLike, token: str | None = None) -> tuple[AdaptedModel, ckpt.RoundState]:
     """The model of a round, installed and ready to evaluate or save.
 
@@ -165,7 +183,8 @@ def load_round(directory: str | os.PathLike, token: str | None = None) -> tuple[
     Raises:
         CheckpointMismatchError, UnloadableRoundError: As `load_round_model`, or if the base has other weights.
     """
-    adapted = AdaptedModel(load_round_model(directory, token), changes_base=False)
+    storage = ckpt.read_meta(directory)["fingerprint"].get("residual storage", "base")
+    adapted = AdaptedModel(load_round_model(directory, token), changes_base=storage == "adapter", storage=storage)
     federation = ckpt.load_round(directory, ckpt.fingerprint_of(adapted), adapted)
     adapted.write(federation.state)
     adapted.install(federation.ledger)

@@ -7,7 +7,7 @@ everything here costs O((m + n) rho^2). Computed in float64, returned in the dty
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -31,12 +31,17 @@ def concatenate(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
     if not deltas:
         raise ValueError("`deltas` is empty: there is nothing to sum, and no shape to return a zero of.")
     scaling = deltas[0].scaling
-    A = torch.cat([delta.A for delta in deltas])
-    B = torch.cat([delta.B * (delta.scaling / scaling) for delta in deltas], dim=1)
-    return LowRankDelta(A, B, scaling)
+    A = torch.cat([delta.A for delta in deltas], dim=-2)
+    B = torch.cat([delta.B * (delta.scaling / scaling) for delta in deltas], dim=-1)
+    return LowRankDelta(A, B, scaling, cut=sum(delta.cut for delta in deltas))
 
 
-def compress(delta: LowRankDelta, rank: int | None = None, resolution: torch.dtype | None = None) -> LowRankDelta:
+def compress(
+    delta: LowRankDelta,
+    rank: int | None = None,
+    resolution: torch.dtype | None = None,
+    tolerance: float | None = None,
+) -> LowRankDelta:
     """The same update with the fewest factors, or its best approximation of a given rank (Eckart-Young).
 
     FedEx-LoRA eqs. 17, 18 name the truncated SVD of the residual; here it is taken from the factors.
@@ -45,10 +50,11 @@ def compress(delta: LowRankDelta, rank: int | None = None, resolution: torch.dty
         delta: Update of shape `(out_features, in_features)` in factored form.
         rank: Largest rank to keep; `None` keeps everything above rounding.
         resolution: The dtype whose rounding counts; that of `delta` if `None`.
+        tolerance: Largest share of the energy (squared Frobenius norm), in [0, 1), to leave out beside that.
 
     Returns:
         Factors of rank at most `min(rank, in_features, out_features)`, each singular value split evenly between `A`
-        and `B`, with the scaling of `delta`.
+        and `B`, with the scaling of `delta`; `cut` counts the energy that `rank` and `tolerance` leave out.
 
     Raises:
         ValueError: If `rank` is below 1.
@@ -56,34 +62,59 @@ def compress(delta: LowRankDelta, rank: int | None = None, resolution: torch.dty
     if rank is not None and rank < 1:
         raise ValueError(f"`rank={rank}` keeps nothing. Allowed: at least 1, or `None` to keep everything.")
     left, core, right = _core(delta)
-    small = decompose(core, rank, delta.A.dtype if resolution is None else resolution)
-    B, A = (left @ small.B).to(delta.B.dtype), (small.A @ right.T).to(delta.A.dtype)
-    return LowRankDelta(A.contiguous(), B.contiguous(), delta.scaling)
+    small = decompose(core, rank, delta.A.dtype if resolution is None else resolution, tolerance)
+    B, A = (left @ small.B).to(delta.B.dtype), (small.A @ right.mT).to(delta.A.dtype)
+    cut = delta.cut + small.cut * delta.scaling**2
+    return LowRankDelta(A.contiguous(), B.contiguous(), delta.scaling, cut)
 
 
-def decompose(matrix: torch.Tensor, rank: int | None = None, resolution: torch.dtype = torch.float32) -> LowRankDelta:
+def decompose(
+    matrix: torch.Tensor,
+    rank: int | None = None,
+    resolution: torch.dtype = torch.float32,
+    tolerance: float | None = None,
+) -> LowRankDelta:
     """A matrix as two factors of its numerical rank, by SVD in float64.
 
     Args:
-        matrix: Tensor of shape `(out_features, in_features)`.
+        matrix: Tensor of shape `(out_features, in_features)`, or one per expert: the rank is the largest of theirs.
         rank: Largest rank to keep; `None` keeps everything above rounding.
         resolution: The dtype whose rounding counts.
+        tolerance: Largest share of the energy to leave out beside that.
 
     Returns:
         Factors in float64, each singular value split evenly between them, scaling 1.
     """
     U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     # Anything below this is rounding of that dtype: it carries nothing and would only cost rank.
-    noise = 1e-2 * torch.finfo(resolution).eps * S.max()
-    keep = max(int(S.gt(noise).sum()), 1)
+    noise = 1e-2 * torch.finfo(resolution).eps * S.amax(-1, keepdim=True)
+    numerical = keep = max(int(S.gt(noise).sum(-1).max()), 1)
+    energy = S.square()
+    if tolerance is not None:
+        tail = energy.flip(-1).cumsum(-1).flip(-1)  # what keeping only the singular values before each would lose
+        keep = min(keep, max(int(tail.gt(tolerance * tail[..., :1]).sum(-1).max()), 1))
     keep = keep if rank is None else min(keep, rank)
-    root = S[:keep].sqrt()
-    return LowRankDelta(root[:, None] * Vh[:keep], U[:, :keep] * root)
+    root = S[..., :keep].sqrt()
+    cut = float(energy[..., keep:numerical].sum())
+    return LowRankDelta(root[..., :, None] * Vh[..., :keep, :], U[..., :keep] * root[..., None, :], cut=cut)
+
+
+def energy(delta: LowRankDelta) -> float:
+    """Squared Frobenius norm of an update, from its factors, in float64."""
+    _, core, _ = _core(delta)
+    return float(core.square().sum()) * delta.scaling**2
+
+
+def lost_energy(deltas: Iterable[LowRankDelta]) -> float:
+    """Share of the energy that truncations left out of some updates together, between 0 and 1."""
+    deltas = list(deltas)
+    cut = sum(delta.cut for delta in deltas)
+    return cut / (cut + sum(energy(delta) for delta in deltas)) if cut else 0.0
 
 
 def doubled(delta: LowRankDelta) -> LowRankDelta:
     """The same factors in float64."""
-    return LowRankDelta(delta.A.double(), delta.B.double(), delta.scaling)
+    return LowRankDelta(delta.A.double(), delta.B.double(), delta.scaling, delta.cut)
 
 
 def plain_product(deltas: Sequence[LowRankDelta], resolution: torch.dtype = torch.float32) -> LowRankDelta:
@@ -98,12 +129,11 @@ def plain_product(deltas: Sequence[LowRankDelta], resolution: torch.dtype = torc
 
 def max_useful_rank(delta: LowRankDelta) -> int:
     """The rank at which two factors hold as many numbers as the dense update: in * out / (in + out), rounded up."""
-    out_features, in_features = delta.B.shape[0], delta.A.shape[1]
-    return math.ceil(in_features * out_features / (in_features + out_features))
+    return math.ceil(delta.in_features * delta.out_features / (delta.in_features + delta.out_features))
 
 
 def _core(delta: LowRankDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Orthonormal `left`, `right` and a small `core` with `B @ A = left @ core @ right.T`, in float64."""
+    """Orthonormal `left`, `right` and a small `core` with `B @ A = left @ core @ right.mT`, in float64."""
     left, left_core = torch.linalg.qr(delta.B.double())
-    right, right_core = torch.linalg.qr(delta.A.double().T)
-    return left, left_core @ right_core.T, right
+    right, right_core = torch.linalg.qr(delta.A.double().mT)
+    return left, left_core @ right_core.mT, right

@@ -9,7 +9,8 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from fedex_hf.base_model import AdaptedModel
-from fedex_hf.saving import BaseReference, SavedModel
+from fedex_hf.base_reference import BaseReference
+from fedex_hf.saving import SavedModel
 
 
 # What people fine-tune with LoRA, the more particular class first: a model may stand under several.
@@ -39,6 +40,9 @@ def model_facts(adapted: AdaptedModel, saved: SavedModel) -> dict[str, Any]:
         "round_format": saved.format,
         "dtype": saved.dtype,
         "cast_survival": saved.cast_survival,
+        "base_dtype": saved.base_dtype or "float32",
+        "quantization": reference.quantization,
+        "residual_storage": adapted.storage,
         "model_class": type(base).__name__,
         "auto_class": auto_class(base),
         "num_labels": base.config.num_labels if "Classification" in type(base).__name__ else None,

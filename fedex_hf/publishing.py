@@ -19,7 +19,7 @@ from fedex_hf.hub_rounds import write_origin
 from fedex_hf.model_card import write_card
 from fedex_hf.model_facts import model_facts
 from fedex_hf.round_trainer import RoundTrainer
-from fedex_hf.run_card import RunCard, non_default_arguments, versions
+from fedex_hf.run_card import RunCard, non_default_arguments, versions, was_cut
 from fedex_hf.saving import BaseReference, SavedModel, check_format, save_model
 from fedex_hf.trainer_utils import without_token
 
@@ -90,7 +90,7 @@ class PublishingTrainer(RoundTrainer):
             num_rounds=self.args.num_rounds,
             method=self.aggregator.name,
             paper=self.aggregator.paper,
-            is_exact=self.aggregator.is_exact,
+            is_exact=self.aggregator.is_exact and not was_cut(self.state.log_history),
             log_history=self.state.log_history,
             repo_id=self.publisher.repo_id if tag is not None and self.publisher is not None else None,
             tag=tag,

@@ -1,4 +1,4 @@
-"""The run around the rounds: a `Trainer` whose epoch is a round, with its state, logs, evaluation and checkpoints."""
+"""The run around the rounds: a `Trainer` whose epoch is a round, with its state, logs and evaluation."""
 
 from __future__ import annotations
 
@@ -10,45 +10,27 @@ from typing import Any
 
 import torch
 from transformers import ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, TrainOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 from transformers.utils import logging
 
 from fedex_hf import checkpoint as ckpt
-from fedex_hf.aggregators import Aggregator
-from fedex_hf.base_model import AdaptedModel
 from fedex_hf.callbacks import FederatedCallback
-from fedex_hf.client import ClientRunner
-from fedex_hf.client_adapters import NOT_PUBLISHED, read_client_adapters, write_client_adapters
-from fedex_hf.evaluation import Exactness
-from fedex_hf.hub_rounds import find_round, read_exactness, write_origin
-from fedex_hf.trainer_utils import frozen_garbage_collector, was_stopped_early, without_token
-from fedex_hf.training_args import FederatedTrainingArguments
+from fedex_hf.round_checkpoints import CheckpointedTrainer
+from fedex_hf.trainer_utils import frozen_garbage_collector, was_stopped_early
 
 
 logger = logging.get_logger(__name__)
 
-_PLAIN = (str, int, float, bool, type(None))  # settings of an aggregator that a checkpoint can compare
 
-
-class RoundTrainer(Trainer):
+class RoundTrainer(CheckpointedTrainer):
     """What `FederatedTrainer` shares with any run in rounds; subclasses bring `run_round` and `sample_clients`."""
 
-    args: FederatedTrainingArguments
-    aggregator: Aggregator
-    adapted: AdaptedModel
-    clients: ClientRunner
-    federation: ckpt.RoundState
-    exactness: Exactness | None
     # The hooks can be called without `train()`: these hold outside a run.
     learning_rate: float = 0.0
     _fitting: dict[str, Any] | None = None
-    _cached_fingerprint: dict[str, Any] | None = None
     _evaluate_after_round: bool = False
     _save_after_round: bool = False
     _continued: str | None = None  # the round that the constructor was given as `model`
-    _holds_client: bool = False
     _round_began_at: int = 0
     _steps_of_round: Mapping[int, int] = {}
     _tr_loss: torch.Tensor = torch.tensor(0.0)
@@ -175,13 +157,6 @@ class RoundTrainer(Trainer):
                 self._save_checkpoint(model, trial)
             raise
 
-    def restore_global_state(self) -> None:
-        """Put the last good round back into the model: adapters, other tensors, and the base if a client's is in."""
-        self.adapted.write(self.federation.state)
-        if self.adapted.holds_offsets:
-            self.adapted.install(self.federation.ledger)
-        self._holds_client = False
-
     def _finish_run(self, trial: Any, start_time: float) -> TrainOutput:
         """End the run as `Trainer` does, but for the surplus checkpoint under `save_total_limit=1`.
 
@@ -284,89 +259,3 @@ class RoundTrainer(Trainer):
         trainer.is_in_train = self.is_in_train
         trainer.eval_dataset, trainer.compute_metrics = self.eval_dataset, self.compute_metrics
         return trainer
-
-    # ---- Saving and resuming ----
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        run_dir = Path(str(self.args.output_dir))
-        final = self._checkpoint_path()
-        self.store_flos()
-        self._find_best_checkpoint(final)
-        if not self.args.should_save:
-            return
-        with ckpt.atomic_directory(final) as folder:
-            torch.save(without_token(self.args), folder / TRAINING_ARGS_NAME)
-            self._save_rng_state(str(folder))
-            self._collect_callback_states()
-            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-            write_origin(folder / ckpt.FOLDER, self.adapted, self.exactness)
-            clients = list(self.clients.datasets)
-            write_client_adapters(folder, self.federation.client_adapters, clients)
-            ckpt.save_round(folder, self.federation, self._fingerprint(), clients)
-        ckpt.rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
-
-    def _checkpoint_path(self) -> Path:
-        return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-
-    def _find_best_checkpoint(self, about_to_be_written: Path | None = None) -> None:
-        """The best round's checkpoint in this `output_dir`, wherever the folder was when it was written."""
-        best = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        if self.state.best_global_step and (best == about_to_be_written or best.is_dir()):
-            self.state.best_model_checkpoint = str(best)
-
-    def _collect_callback_states(self) -> None:
-        states: dict[str, Any] = {}
-        for each in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(each, ExportableState):
-                states.setdefault(type(each).__name__, []).append(each.state())
-        single = {name: values[0] if len(values) == 1 else values for name, values in states.items()}
-        self.state.stateful_callbacks = single  # type: ignore[assignment]  # annotated as the list it starts as
-
-    def find_round(self, where: str) -> str:
-        """The folder of a round: `where` itself, or what was downloaded of `user/run@revision`.
-
-        Raises:
-            ValueError: If optimizer states or adapters are kept by clients: these are never published.
-        """
-        path = find_round(where, self.args.hub_token)
-        if path != where and self.aggregator.keeps_client_adapters:
-            raise ValueError(f"`{where}` {NOT_PUBLISHED}")
-        if path != where and self.args.client_optimizer_state == "keep":
-            raise ValueError(
-                f"`{where}` has no optimizer states of clients: they are never published, so "
-                '`client_optimizer_state="keep"` cannot go on exactly. Resume from a local checkpoint, or set "reset".'
-            )
-        return path
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.federation = self._read_checkpoint(resume_from_checkpoint)
-        self.adapted.write(self.federation.state)
-        self.adapted.install(self.federation.ledger)
-        self.exactness = read_exactness(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        logger.info(f"Loading the best round from `{self.state.best_model_checkpoint}` ({self.state.best_metric}).")
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-    def _read_checkpoint(self, directory: str) -> ckpt.RoundState:
-        # Optimizer states are pickles: read only where they are needed, and never from the Hub (`find_round`).
-        clients = list(self.clients.datasets)
-        with_optimizers = clients if self.args.client_optimizer_state == "keep" else None
-        federation = ckpt.load_round(directory, self._fingerprint(), self.adapted, with_optimizers)
-        if self.aggregator.keeps_client_adapters:
-            federation.client_adapters = read_client_adapters(directory, self.adapted, clients)
-        return federation
-
-    def _fingerprint(self) -> dict[str, Any]:
-        if self._cached_fingerprint is None:
-            plain = {name: value for name, value in vars(self.aggregator).items() if isinstance(value, _PLAIN)}
-            self._cached_fingerprint = ckpt.fingerprint_of(
-                self.adapted,
-                aggregator={"name": self.aggregator.name} | plain,
-                clients={client_id: self.clients.num_examples(client_id) for client_id in self.clients.datasets},
-                # Seeds and the files of kept optimizer states go by a client's place.
-                **{"order of clients": list(self.clients.datasets)},
-                seed=self.args.seed,
-                data_seed=self.args.data_seed,
-            )
-        return self._cached_fingerprint

@@ -42,7 +42,7 @@ class RunCard:
         round_format: `"full"`, `"lora"` or `"merged"`.
         method: Name of the aggregator: `"fedex"`, `"fedit"`, `"ffa"`, or a user's own.
         paper: Its URL.
-        is_exact: Whether the aggregator says that it is exact.
+        is_exact: Whether the aggregator says that it is exact, and nothing was cut off the sum of its residuals.
         log_history: `TrainerState.log_history`. Entries of single clients never reach the card.
         model_class: Such as `"RobertaForSequenceClassification"`.
         auto_class: Such as `"AutoModelForSequenceClassification"`.
@@ -63,6 +63,10 @@ class RunCard:
         best_metric_name: With or without the prefix `eval_`.
         dtype: Of the tensors that carry the update.
         cast_survival: Share of the update that survived a cast to `dtype`, between 0 and 1; `None` without a cast.
+        base_dtype: Of the base weights in these files, if there are any.
+        quantization: Method that the base's weights are quantized with; `None` if they are not.
+        residual_storage: `"base"` if residuals were added to the base weights during training, `"adapter"` if a
+            second, frozen adapter carried them.
         private_names: Strings that must not be published, such as client ids: metrics of a data set with such a name,
             and arguments that hold one, are left out.
         notes: Further lines for the section about limits, in Markdown.
@@ -94,6 +98,9 @@ class RunCard:
     best_metric_name: str | None = None
     dtype: str = "float32"
     cast_survival: float | None = None
+    base_dtype: str = "float32"
+    quantization: str | None = None
+    residual_storage: str = "base"
     private_names: Sequence[str] = ()
     notes: Sequence[str] = ()
 
@@ -116,6 +123,11 @@ def hub_id(name: str | None) -> str | None:
 
 def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "unknown"
+
+
+def was_cut(log_history: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a round left something out of the sum of all residuals, because of `residual_rank` or its tolerance."""
+    return any(entry.get("ledger_lost_energy", 0.0) > 0.0 for entry in log_history)
 
 
 # ---- Arguments and versions ----

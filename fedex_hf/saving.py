@@ -1,7 +1,8 @@
 """Room 7a: a model directory that plain `from_pretrained` loads, with nothing of ours installed, in three formats.
 
-full     residual-updated base and adapter side by side: bit for bit the trainer's model
-lora     one plain LoRA on the *original* base: `ledger + adapter` as one product, exactly recompressed
+full     base and adapter side by side: with the residuals in the base, bit for bit the trainer's model; with the
+         storage "adapter", the untouched base and `ledger + adapter` as one plain LoRA
+lora     that one plain LoRA alone, on the *original* base, exactly recompressed
 merged   one plain model, `base + ledger + adapter` rounded once, for servers that know no adapters
 """
 
@@ -9,35 +10,38 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.other import TrainableTokensWrapper, transpose
+from peft.utils.other import TrainableTokensWrapper
 from peft.utils.save_and_load import get_base_model_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME, logging
 
 from fedex_hf.base_model import AdaptedModel, Ledger, LoraSite
-from fedex_hf.low_rank import decompose, max_useful_rank, plain_product
+from fedex_hf.base_reference import BY_HAND, BaseReference
+from fedex_hf.casting import (
+    DTYPES,
+    base_dtype,
+    carrying_dtype,
+    dtype_of,
+    measure_survival,
+    name_of_dtype,
+    update_of,
+)
+from fedex_hf.lora_site import AttentionLayout
+from fedex_hf.plain_lora import config_of, plain_loras
 from fedex_hf.updates import LowRankDelta
 
 
-logger = logging.get_logger(__name__)
-
 FORMATS = ("full", "lora", "merged")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PEFT_PREFIX = "base_model.model."
-_SAFE_SHARE = 0.99  # of the update; below it a cast is worth a warning
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _BASE_FILES = (
     "config.json",
@@ -49,26 +53,6 @@ _BASE_FILES = (
 
 
 @dataclass(frozen=True)
-class BaseReference:
-    """Where the original base came from.
-
-    Args:
-        name: Hub id or local path, or `None` for a model that was built from a config.
-        revision: Commit on the Hub, where known: what the adapter's config names as `revision`, otherwise the one that
-            `from_pretrained` last took `main` from.
-    """
-
-    name: str | None
-    revision: str | None
-
-    @classmethod
-    def of(cls, model: PeftModel) -> BaseReference:
-        """What transformers noted when it loaded the base, and the commit, which it does not note (5.18 to 5.23)."""
-        name = getattr(cast(PreTrainedModel, model.get_base_model()).config, "_name_or_path", None) or None
-        return cls(name, _commit_in_cache(name, model.peft_config[model.active_adapters[0]].revision))
-
-
-@dataclass(frozen=True)
 class SavedModel:
     """What was written.
 
@@ -77,38 +61,54 @@ class SavedModel:
         dtype: Of the tensors that carry the update, such as `"float32"`.
         cast_survival: Share of the update that survived a cast to bfloat16 or float16, between 0 and 1; `None`
             where nothing was cast.
+        base_dtype: Of the base weights in the folder; `None` where it holds none. Of a quantized base, the dtype of
+            what is not quantized in it.
     """
 
     format: str
     dtype: str
     cast_survival: float | None
-
-
-def _commit_in_cache(name: str | None, revision: str | None) -> str | None:
-    """The commit that a repository's branch or tag was last loaded from; `revision` itself where that is unknown."""
-    if name is None or Path(name).exists():
-        return None
-    try:
-        file = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
-    except HFValidationError:  # a folder that is gone
-        return None
-    return Path(file).parent.name if isinstance(file, str) else revision
+    base_dtype: str | None = None
 
 
 def check_format(format: str, dtype: str | torch.dtype | None, base: BaseReference | None = None) -> None:
     """Refuse a format or dtype that cannot be written.
 
     Raises:
-        ValueError: If either is unknown, or `"lora"` would name no base that can be loaded.
+        ValueError: If either is unknown, `"lora"` would name no base that can be loaded, or a quantized base would
+            have to be rewritten.
     """
     if format not in FORMATS:
         raise ValueError(f"`format={format!r}` is unknown. Allowed: {', '.join(map(repr, FORMATS))}.")
-    if dtype is not None and _dtype(dtype) is None:
+    if dtype is not None and dtype_of(dtype) is None:
         raise ValueError(f"`dtype={dtype!r}` is not supported. Allowed: {', '.join(map(repr, DTYPES))}, or `None`.")
-    if format == "lora" and base is not None and base.name is None:
+    if base is None:
+        return
+    if format == "lora" and base.name is None:
         raise ValueError(
             'The format "lora" is one LoRA on the original base, and this base has no name to load it by: it was '
             'built from a config. Use "full" or "merged", or load the base with `from_pretrained`.'
+        )
+    if base.quantization is not None and format != "lora":
+        _refuse_rewriting(format, dtype, base.quantization)
+
+
+def _refuse_rewriting(format: str, dtype: str | torch.dtype | None, quantization: str) -> None:
+    if format == "merged":
+        raise ValueError(
+            f'The format "merged" folds the update into base weights that are quantized ({quantization}), where most '
+            'of it would round away. Use "full", the quantized base with one LoRA beside it, or "lora", that LoRA '
+            "alone."
+        )
+    if dtype is not None:
+        raise ValueError(
+            f"`dtype={dtype!r}` would cast a base that is quantized ({quantization}), scales included. Leave it out, "
+            'or use `format="lora"`, whose factors can be cast.'
+        )
+    if quantization == BY_HAND:
+        raise ValueError(
+            f"The base has quantized {BY_HAND}, of which its config says nothing, so nobody could load it. Quantize "
+            'it with `from_pretrained(..., quantization_config=...)`, or use `format="lora"`.'
         )
 
 
@@ -138,77 +138,32 @@ def save_model(
         max_shard_size: As in `PreTrainedModel.save_pretrained`.
 
     Raises:
-        ValueError: If `format` or `dtype` is unknown, or `"lora"` has no base to name, or the folder holds files
-            of another format.
+        ValueError: If `format` or `dtype` is unknown, `"lora"` has no base to name, a quantized base would have to be
+            rewritten, or the folder holds files of another format.
     """
     base = BaseReference.of(adapted.model)
     check_format(format, dtype, base)
     directory = Path(output_dir).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     _refuse_other_formats(directory, format)
-    target = _dtype(dtype)
-    model, adapter = adapted.model, adapted.adapter
-    if format == "lora":
-        written = {site.name: plain_lora(site, adapted, ledger, target) for site in adapted.sites.values()}
-        config = plain_lora_config(
-            cast(LoraConfig, model.peft_config[adapter]),
-            {name.removeprefix(_PEFT_PREFIX): delta.rank for name, delta in written.items()},
-        )
+    target = dtype_of(dtype)
+    written = None
+    if format != "lora":
+        weights, untied = _base_weights(adapted, ledger, format, target)
+        _write_base(adapted.model, weights, directory, target, max_shard_size, untied)
+        written = name_of_dtype(target or base_dtype(adapted))
+    factors, config = None, copy.copy(cast(LoraConfig, adapted.model.peft_config[adapted.adapter]))
+    config.init_lora_weights = True  # any other start would be run again on the saved base
+    if format == "lora" or (format == "full" and adapted.storage == "adapter"):
+        factors = plain_loras(adapted.sites, ledger, target if format == "lora" else None)
+        config = config_of(config, adapted.sites, factors)
+    if format != "merged":
         config.base_model_name_or_path, config.revision = base.name, base.revision
-        _write_adapter(adapted, config, directory, written)
-    else:
-        weights = _trained_modules(model, adapter) if format == "full" else dict(_merged_tensors(adapted, ledger))
-        _write_base(model, weights, directory, target, max_shard_size)
         if format == "full":
-            config = copy.copy(cast(LoraConfig, model.peft_config[adapter]))
-            config.base_model_name_or_path = repo_id or str(directory)
-            config.revision = revision
-            config.init_lora_weights = True  # any other start would be run again on the saved base
-            _write_adapter(adapted, config, directory)
-    return _report_cast(adapted, ledger, format, target)
-
-
-# ---- One plain LoRA on the original base ----
-
-
-def plain_lora(
-    site: LoraSite, adapted: AdaptedModel, ledger: Ledger, dtype: torch.dtype | None = None
-) -> LowRankDelta:
-    """`ledger + adapter` of one layer as one product of the numerical rank it needs, scaling 1.
-
-    Args:
-        site: The layer.
-        adapted: The model.
-        ledger: All residuals so far.
-        dtype: Of the factors; float32 if `None`.
-    """
-    delta = site.read()
-    if site.name in ledger.matrices:
-        total = site.dense(delta) + ledger.matrices[site.name].double()
-        product = decompose(transpose(total, site.layer.fan_in_fan_out))
-    else:
-        parts = [ledger.factors[site.name], delta] if site.name in ledger.factors else [delta]
-        product = plain_product(parts)
-    if product.rank >= max_useful_rank(product):
-        logger.info(f"`{site.name}`: rank {product.rank}; two factors are as large as the dense weight.")
-    dtype = torch.float32 if dtype is None else dtype
-    return LowRankDelta(product.A.to(dtype), (product.B * product.scaling).to(dtype), 1.0)
-
-
-def plain_lora_config(original: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
-    """`original` with a rank per layer and scaling 1.
-
-    Args:
-        original: Targets, modules to save and task are taken from it.
-        ranks: Layer name in the base model -> rank.
-    """
-    config = copy.copy(original)
-    config.r = config.lora_alpha = max(ranks.values())
-    # `^` anchors the name: PEFT matches the end of a layer's name otherwise.
-    config.rank_pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != config.r}
-    config.alpha_pattern = dict(config.rank_pattern)
-    config.use_rslora, config.init_lora_weights = False, True
-    return config
+            config.base_model_name_or_path, config.revision = repo_id or str(directory), revision
+        _write_adapter(adapted, config, directory, factors)
+    survival = measure_survival(adapted, ledger, format, target)
+    return SavedModel(format, name_of_dtype(carrying_dtype(adapted, format, target)), survival, written)
 
 
 # ---- Files ----
@@ -226,15 +181,19 @@ def _refuse_other_formats(directory: Path, format: str) -> None:
 
 
 def _write_adapter(
-    adapted: AdaptedModel, config: LoraConfig, directory: Path, factors: Mapping[str, LowRankDelta] | None = None
+    adapted: AdaptedModel, config: LoraConfig, directory: Path, factors: Mapping[str, LowRankDelta] | None
 ) -> None:
     """PEFT's own state, with `factors` (scaling 1) in the place of the trained ones if given."""
     # "auto" would add the base embedding to the adapter where it is adapted, and ask the Hub about it each time.
     state = get_peft_model_state_dict(adapted.model, adapter_name=adapted.adapter, save_embedding_layers=False)
+    keys = {tensor.data_ptr(): key for key, tensor in state.items() if tensor.numel()}
     for name, delta in (factors or {}).items():
-        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = delta.A, delta.B
-        if f"{name}.lora_B.bias" in state:  # PEFT scales `lora_bias` as well
-            state[f"{name}.lora_B.bias"] = state[f"{name}.lora_B.bias"] * adapted.sites[name].scaling
+        site = adapted.sites[name]
+        A, B = (keys[each.data_ptr()] for each in site.parameters)
+        state[A], state[B] = site.layout.shaped(site.layer, site.adapter, delta.A, delta.B)
+        bias = B.removesuffix(".weight") + ".bias"
+        if bias in state:  # PEFT scales `lora_bias` as well
+            state[bias] = state[bias] * site.scaling
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config.inference_mode = True
@@ -250,19 +209,58 @@ def _write_base(
     directory: Path,
     dtype: torch.dtype | None,
     max_shard_size: int | str | None,
+    untied: bool,
 ) -> None:
     base = cast(PreTrainedModel, model.get_base_model())
     state = get_base_model_state_dict(model) | dict(replaced)
+    changes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
     if dtype is not None:
+        changes["dtype"] = name_of_dtype(dtype)
         cast_once: dict[int, torch.Tensor] = {}  # tied tensors stay one tensor
         for name, tensor in state.items():
             if tensor.is_floating_point():
                 state[name] = cast_once.setdefault(tensor.data_ptr(), tensor.to(dtype))
     shards: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-    base.save_pretrained(directory, state_dict=state, **shards)
-    if dtype is not None:
+    with _state_instead(base, state):
+        base.save_pretrained(directory, state_dict=state, **shards)
+    if changes:
         file = directory / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": _name(dtype)}, indent=2, sort_keys=True))
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=2, sort_keys=True))
+
+
+@contextmanager
+def _state_instead(base: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Have a quantized model saved with the state that is given: its own has PEFT's names.
+
+    `save_pretrained` takes that of the quantizer or else of the model, whatever `state_dict` is (5.18 to 5.23).
+    """
+    quantizer: Any = getattr(base, "hf_quantizer", None)
+    if quantizer is None:
+        yield
+        return
+    _, metadata = quantizer.get_state_dict_and_metadata(base)
+    quantizer.get_state_dict_and_metadata = lambda *args, **kwargs: (state, metadata)
+    try:
+        yield
+    finally:
+        del quantizer.get_state_dict_and_metadata
+
+
+# ---- What is written in the place of base weights ----
+
+
+def _base_weights(
+    adapted: AdaptedModel, ledger: Ledger, format: str, dtype: torch.dtype | None
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """Base keys -> tensors that differ from the model's own, and whether that unties what was tied."""
+    weights = _trained_modules(adapted.model, adapted.adapter)
+    if format == "merged":
+        weights |= dict(_merged_tensors(adapted, ledger, dtype))
+        return weights, _shares_adapted(adapted)
+    for site in adapted.sites.values():
+        if site.layout.drifts:  # by what PEFT's folding has rounded since
+            weights[site.weight_name] = adapted.base_weight_at(site.name, ledger)
+    return weights, False
 
 
 def _trained_modules(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
@@ -279,9 +277,10 @@ def _trained_modules(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
     }
 
 
-def _merged_tensors(adapted: AdaptedModel, ledger: Ledger) -> Iterator[tuple[str, torch.Tensor]]:
+def _merged_tensors(
+    adapted: AdaptedModel, ledger: Ledger, dtype: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Base keys -> tensors with everything folded in, each rounded once."""
-    yield from _trained_modules(adapted.model, adapted.adapter).items()
     merged_tokens: dict[int, torch.Tensor] = {}  # embeddings that are tied stay one tensor
     for name, module in adapted.model.get_base_model().named_modules():
         if isinstance(module, TrainableTokensWrapper):
@@ -291,68 +290,29 @@ def _merged_tensors(adapted: AdaptedModel, ledger: Ledger) -> Iterator[tuple[str
                 merged_tokens[place] = tokens.get_merged_weights([adapted.adapter]).detach()
             yield f"{name}.weight", merged_tokens[place]
     for site in adapted.sites.values():
-        name = site.name.removeprefix(_PEFT_PREFIX)
-        total = adapted.original(site.name).double() + _update(site, ledger)
-        yield f"{name}.weight", total.to(site.base_weight.dtype)
-        bias = cast(torch.nn.Linear, site.layer.lora_B[site.adapter]).bias
-        if bias is None:
-            continue
-        base_bias = cast(torch.nn.Linear, site.layer.get_base_layer()).bias
-        if base_bias is None:
-            raise ValueError(
-                f"`{name}` has no bias that could take `lora_bias`, so it cannot be merged. Save with "
-                '`format="full"` or `format="lora"`.'
-            )
-        yield f"{name}.bias", (base_bias.double() + site.scaling * bias.double()).to(base_bias.dtype).detach()
+        total = adapted.original(site.name).double() + update_of(site, ledger)
+        yield site.weight_name, total.to(dtype or site.base_weight.dtype)
+        yield from _merged_bias(site, dtype)
 
 
-def _update(site: LoraSite, ledger: Ledger) -> torch.Tensor:
-    """All that federated training added to a layer, `ledger + adapter`, in the layout of its weight, float64."""
-    added = ledger.dense(site.name, site)
-    adapter = site.dense(site.read())
-    return adapter if added is None else adapter + added
+def _merged_bias(site: LoraSite, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
+    modules = dict(site.layer.lora_B.items())  # none for an embedding
+    bias = getattr(modules.get(site.adapter), "bias", None)
+    if bias is None or isinstance(site.layout, AttentionLayout):  # which never adds its own
+        return
+    name = site.weight_name.rpartition(".")[0]
+    base_bias = cast(torch.nn.Linear, site.layer.get_base_layer()).bias
+    if base_bias is None:
+        raise ValueError(
+            f"`{name}` has no bias that could take `lora_bias`, so it cannot be merged. Save with "
+            '`format="full"` or `format="lora"`.'
+        )
+    yield f"{name}.bias", (base_bias.double() + site.scaling * bias.double()).to(dtype or base_bias.dtype).detach()
 
 
-# ---- What a cast loses ----
-
-
-def _report_cast(adapted: AdaptedModel, ledger: Ledger, format: str, dtype: torch.dtype | None) -> SavedModel:
-    """Measure and log the share of the update that survives in a 16-bit file."""
-    native = next(iter(adapted.sites.values())).base_weight.dtype
-    written = dtype or (torch.float32 if format == "lora" else native)
-    if written not in (torch.bfloat16, torch.float16):
-        return SavedModel(format, _name(written), None)
-    lost, whole = 0.0, 0.0
-    for site in adapted.sites.values():
-        update = _update(site, ledger)
-        carried = _carried(site, adapted, ledger, format, written)
-        lost += float((carried - update).square().sum())
-        whole += float(update.square().sum())
-    survival = max(0.0, 1.0 - math.sqrt(lost / whole)) if whole > 0 else 1.0
-    told = f"{100 * survival:.2f} % of the update survives in {_name(written)} as `format={format!r}`"
-    if survival < _SAFE_SHARE:
-        logger.warning(f'{told}; the rest rounds away. `format="lora"` keeps it: small factors on the untouched base.')
-    else:
-        logger.info(f"{told}.")
-    return SavedModel(format, _name(written), survival)
-
-
-def _carried(site: LoraSite, adapted: AdaptedModel, ledger: Ledger, format: str, dtype: torch.dtype) -> torch.Tensor:
-    """What a file in `dtype` adds to the original base in `dtype`, float64."""
-    if format == "lora":
-        return site.dense(plain_lora(site, adapted, ledger, dtype))
-    original = adapted.original(site.name).double()
-    adapter = site.dense(site.read())
-    total = original + _update(site, ledger) - (adapter if format == "full" else 0.0)
-    added = total.to(dtype).double() - original.to(dtype).double()
-    return added + adapter if format == "full" else added  # the adapter beside the base stays in float32
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if isinstance(dtype, torch.dtype):
-        return dtype if dtype in DTYPES.values() else None
-    return DTYPES.get(str(dtype))
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
+def _shares_adapted(adapted: AdaptedModel) -> bool:
+    """Whether an adapted weight is also the weight of another place in the model, which does not get its update."""
+    places: dict[int, int] = {}
+    for tensor in get_base_model_state_dict(adapted.model).values():
+        places[tensor.data_ptr()] = places.get(tensor.data_ptr(), 0) + 1
+    return any(places[site.base_weight.data_ptr()] > 1 for site in adapted.sites.values())

@@ -10,11 +10,10 @@ import peft
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fedex_hf.adapter_files import PREFIX, AdapterFile
-from fedex_hf.base_model import LoraSite, UnsupportedModelError, check_layer
+from fedex_hf.lora_site import Layout, UnsupportedModelError, sites_of
 
 
 class Skeleton:
@@ -59,11 +58,13 @@ class Skeleton:
                 ) from error
         self.model, self.lora = cast(PeftModel, model), lora
         self.base_class = type(base)
-        self.sites = {
-            name: LoraSite(name, check_layer(name, layer, "default"), "default")
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, LoraLayer)
-        }
+        self.sites = sites_of(self.model, "default")
+        for name, site in self.sites.items():
+            if type(site.layout) is not Layout:
+                raise UnsupportedModelError(
+                    f"Layer `{name}` is a LoRA `{type(site.layer).__name__}`. Adapters in files can be aggregated for "
+                    "LoRA on `nn.Linear` and `Conv1D` so far; a `FederatedTrainer` takes the other kinds as well."
+                )
         state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         self.shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
         names: dict[int, list[str]] = {}

@@ -4,34 +4,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from fedex_hf import checkpoint as ckpt
-from fedex_hf.aggregators import Aggregator, get_aggregator
-from fedex_hf.base_model import AdaptedModel
+from fedex_hf.aggregators import Aggregator
+from fedex_hf.base_model import AdaptedModel, Ledger
+from fedex_hf.base_versions import present_updates, refuse_stale
 from fedex_hf.callbacks import ClientBridge
 from fedex_hf.client import ClientRunner, FitPlan
-from fedex_hf.client_adapters import install_client
+from fedex_hf.client_adapters import install_at_rank, install_client
 from fedex_hf.evaluation import Exactness, measure_exactness
 from fedex_hf.hub_rounds import load_round_model
+from fedex_hf.low_rank import lost_energy
 from fedex_hf.publishing import PublishingTrainer
-from fedex_hf.trainer_utils import default_callback_types
+from fedex_hf.starts import put_lora_on
+from fedex_hf.trainer_utils import adopted_from
 from fedex_hf.training_args import FederatedTrainingArguments
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, payload_bytes
 from fedex_hf.validation import (
     client_datasets,
+    refuse_client_ranks,
     refuse_federation_kwargs,
     refuse_kept_adapters,
     refuse_overrides,
     refuse_peft_config,
     refuse_prebuilt_optimizer,
     refuse_revision,
+    refuse_scaled_biases,
+    resolve_aggregator,
     sampled_per_round,
 )
 
@@ -99,18 +106,22 @@ class FederatedTrainer(PublishingTrainer):
         refuse_prebuilt_optimizer(optimizers)
         refuse_federation_kwargs(client_trainer_kwargs or {})
         clients = client_datasets(train_dataset, args)
-        self.aggregator = _resolve_aggregator(args, aggregator)
+        self.aggregator = resolve_aggregator(args, aggregator)
         refuse_kept_adapters(self.aggregator)
-        continued = None
+        refuse_client_ranks(args.parsed_client_ranks, self.aggregator, clients)
+        continued, start = None, Ledger()
         if isinstance(model, str):
             self.args = args
             continued = self.find_round(model if revision is None else f"{model}@{revision}")
             model = load_round_model(continued, args.hub_token)
         if peft_config is not None:
             refuse_peft_config(model, peft_config)
-            set_seed(args.seed)
-            model = get_peft_model(model, peft_config)
-        self.adapted = AdaptedModel(model, changes_base=self.aggregator.changes_base)
+            model, start = put_lora_on(model, peft_config, args.seed)
+        changes_base = self.aggregator.changes_base or bool(start.layers())
+        self.adapted = AdaptedModel(model, changes_base, args.residual_storage)
+        if start.layers():
+            self.adapted.install(start)
+        refuse_scaled_biases(args.parsed_client_ranks, self.adapted)
         self.aggregator.configure_model(model)
         shared = {
             "data_collator": data_collator,
@@ -130,7 +141,7 @@ class FederatedTrainer(PublishingTrainer):
         self.eval_dataset = self.clients.trainer.eval_dataset  # a client's class may have prepared it
         self.data_collator = self.clients.trainer.data_collator
         self.processing_class = self.clients.trainer.processing_class
-        self.federation = ckpt.RoundState(round=0, state=self.adapted.read())
+        self.federation = ckpt.RoundState(round=0, state=self.adapted.read(), ledger=self.adapted.ledger)
         self.exactness = None
         if continued is not None:
             self._load_from_checkpoint(continued)
@@ -159,21 +170,9 @@ class FederatedTrainer(PublishingTrainer):
         if args is None:
             federated = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
             args = FederatedTrainingArguments.from_training_args(trainer.args, **federated)
-        defaults = default_callback_types(trainer.args)
-        adopted: dict[str, Any] = {
-            "model": trainer.model,
-            "data_collator": trainer.data_collator,
-            "eval_dataset": trainer.eval_dataset,
-            "processing_class": trainer.processing_class,
-            "compute_loss_func": trainer.compute_loss_func,
-            "compute_metrics": trainer.compute_metrics,
-            "callbacks": [each for each in trainer.callback_handler.callbacks if type(each) not in defaults],
-            "optimizer_cls_and_kwargs": trainer.optimizer_cls_and_kwargs,
-            "preprocess_logits_for_metrics": trainer.preprocess_logits_for_metrics,
-            "client_trainer_cls": type(trainer),
-        }
-        if type(trainer.args) is not TrainingArguments:
-            adopted["client_trainer_kwargs"] = {"args": trainer.args, **kwargs.pop("client_trainer_kwargs", {})}
+        adopted = adopted_from(trainer)
+        if "client_trainer_kwargs" in adopted:
+            adopted["client_trainer_kwargs"] |= kwargs.pop("client_trainer_kwargs", {})
         train_dataset = trainer.train_dataset if train_dataset is None else train_dataset
         return cls(args=args, train_dataset=train_dataset, **(adopted | kwargs))
 
@@ -184,7 +183,7 @@ class FederatedTrainer(PublishingTrainer):
         start_time = time.perf_counter()
         clients = self.sample_clients(round)
         self._call_federated("on_round_begin", round=round, clients=clients)
-        updates = self.collect_updates(clients, round)
+        updates = self.leave_out_stale(self.collect_updates(clients, round))
         before, ledger_before = self.federation.state, self.federation.ledger
         update = self.aggregate(round, updates)
         self._call_federated("on_aggregate", round=round, updates=updates, update=update)
@@ -223,6 +222,7 @@ class FederatedTrainer(PublishingTrainer):
             planned = self.state.global_step + self.clients.num_steps(client_id)
             try:
                 update = self.fit_client(client_id, round)
+                refuse_stale(update, self.base_version)
             except Exception as error:
                 if self.args.client_errors == "raise":
                     raise
@@ -250,15 +250,20 @@ class FederatedTrainer(PublishingTrainer):
     def fit_client(self, client_id: str, round: int) -> ClientUpdate:
         """One client's local fit from the global state; the model is left holding the client's weights.
 
-        A client with factors of its own starts from them, with an offset in the base weights that makes the effective
-        weights the global ones.
+        A client with factors of its own, or of another rank, starts from them, with an offset in the base weights
+        that makes the effective weights the global ones.
 
         Raises:
             NonFiniteUpdateError: If the result holds NaN or Inf.
         """
         self.restore_global_state()
+        base_version, rank = self.base_version, self.args.parsed_client_ranks.get(client_id)
         self._holds_client = True
-        offsets = install_client(self.adapted, self.federation, client_id)
+        if rank is None:
+            offsets = install_client(self.adapted, self.federation, client_id)
+        else:
+            key = f"{self.args.seed}/{round}/{client_id}"
+            offsets = install_at_rank(self.adapted, self.federation, rank, key)
         plan = FitPlan(
             round=round,
             num_rounds=self.args.num_rounds,
@@ -281,6 +286,7 @@ class FederatedTrainer(PublishingTrainer):
             tensors=trained.tensors,
             metrics={"train_loss": output.training_loss, "steps": output.global_step},
             offsets=offsets,
+            base_version=base_version,
         )
         update.check_finite()
         if self.args.client_optimizer_state == "keep":
@@ -292,16 +298,30 @@ class FederatedTrainer(PublishingTrainer):
         uniform = self.args.client_weighting == "uniform"
         return [1.0 if uniform else float(update.num_examples) for update in updates]
 
+    def leave_out_stale(self, updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+        """The updates that were trained on the present base; with `args.client_errors="skip"` the others are left out.
+
+        Raises:
+            StaleUpdateError: If one was trained on another base, and `args.client_errors="raise"`.
+        """
+        return present_updates(updates, self.base_version, skip=self.args.client_errors == "skip")
+
     def aggregate(self, round: int, updates: Sequence[ClientUpdate]) -> GlobalUpdate:
-        """The round's global update; changes nothing in the model."""
-        return self.aggregator.aggregate(updates, self.client_weights(updates))
+        """The round's global update, without stale updates; changes nothing in the model."""
+        updates = self.leave_out_stale(updates)
+        # Only where ranks may differ is the method told what all started from: others need not take it.
+        start = {"start": self.federation.state} if self.args.parsed_client_ranks else {}
+        return self.aggregator.aggregate(updates, self.client_weights(updates), **start)
 
     def apply_update(self, update: GlobalUpdate) -> None:
-        """Install an update: adapters and other tensors are replaced, residuals are added to the ledger and base."""
-        ledger = self.federation.ledger.plus(update.residuals, self.adapted.sites)
+        """Install an update: adapters and other tensors are replaced, residuals are added to the ledger."""
         state = GlobalUpdate(adapters=update.adapters, tensors=update.tensors)
         self.adapted.write(state)
+        ledger = self.federation.ledger.plus(
+            update.residuals, self.adapted.sites, self.args.residual_rank, self.args.residual_tolerance
+        )
         self.adapted.install(ledger)
+        self.ledger_history.append(self.federation.ledger, update.residuals, ledger)
         self.federation.state, self.federation.ledger = state, ledger
         self.federation.client_adapters = {**self.federation.client_adapters, **update.client_adapters}
         self.federation.optimizer_states = self.federation.optimizer_states | self._new_optimizer_states
@@ -310,7 +330,7 @@ class FederatedTrainer(PublishingTrainer):
     def round_metrics(
         self, updates: Sequence[ClientUpdate], update: GlobalUpdate, exactness: Exactness
     ) -> dict[str, float]:
-        """What a round logs. Bytes are those of one client in each direction, the same for all."""
+        """What a round logs. Bytes are those of one client in each direction; up the mean where ranks differ."""
         weights = self.client_weights(updates)
         loss = sum(weight * each.metrics["train_loss"] for weight, each in zip(weights, updates, strict=True))
         metrics = {
@@ -320,22 +340,15 @@ class FederatedTrainer(PublishingTrainer):
             "num_examples": sum(update.num_examples for update in updates),
             "aggregation_error": exactness.aggregation_error,
             "fedit_deviation": exactness.fedit_deviation,
-            "bytes_up_per_client": payload_bytes(updates[0], self.aggregator.trained_factors),
+            "bytes_up_per_client": mean(payload_bytes(each, self.aggregator.trained_factors) for each in updates),
             "bytes_down_per_client": payload_bytes(update, self.aggregator.returned_factors),
         }
+        if self.args.residual_rank is not None or self.args.residual_tolerance is not None:
+            metrics["ledger_lost_energy"] = self.federation.ledger.lost_energy
+        if not self.aggregator.is_exact and update.residuals:
+            metrics["residual_lost_energy"] = lost_energy(update.residuals.values())
         if self.args.log_layer_exactness:
             for layer, norms in exactness.layers.items():
                 metrics[f"aggregation_error/{layer}"] = norms.aggregation_error
                 metrics[f"fedit_deviation/{layer}"] = norms.fedit_deviation
         return metrics
-
-
-def _resolve_aggregator(args: FederatedTrainingArguments, aggregator: Aggregator | str | None) -> Aggregator:
-    if aggregator is None:
-        return get_aggregator(args.aggregator, **args.parsed_aggregator_kwargs)
-    if args.parsed_aggregator_kwargs:
-        raise ValueError(
-            f"`aggregator_kwargs={args.aggregator_kwargs}` would be ignored, because `aggregator` is passed to the "
-            "constructor. Give them to it, or name it in the arguments."
-        )
-    return get_aggregator(aggregator)

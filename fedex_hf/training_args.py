@@ -18,6 +18,7 @@ _CHOICES = {
     "lr_schedule": ("round", "run"),
     "client_errors": ("raise", "skip"),
     "hub_round_format": ("full", "lora", "merged"),
+    "residual_storage": ("auto", "base", "adapter"),
 }
 # Schedules that react to metrics.
 _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -64,6 +65,21 @@ class FederatedTrainingArguments(TrainingArguments):
             flag: a JSON object.
         client_weighting (`"num_examples"` or `"uniform"`, *optional*, defaults to `"num_examples"`):
             Weight of a client in the average. The paper writes uniform weights in every equation.
+        client_ranks (`dict`, *optional*):
+            Client -> LoRA rank in every adapted layer, for clients of another rank than the `LoraConfig`'s, which is
+            the global one. Their scaling is what PEFT gives that rank. As a flag: a JSON object. Aggregation stays
+            exact: what a smaller client does not train stays as it was in its copy of the base, and what a larger one
+            trains beyond the global rank goes into the residual.
+        residual_storage (`"auto"`, `"base"` or `"adapter"`, *optional*, defaults to `"auto"`):
+            Where the model holds the sum of all residuals (the ledger): added to the base weights, which must be
+            float32 and untied; or in a second, frozen PEFT adapter in float32 beside the trained one, which leaves
+            bfloat16, float16, 4-bit and 8-bit bases as they are. `"auto"` takes the base where it can.
+        residual_rank (`int`, *optional*):
+            Largest rank of a layer's ledger; the best approximation of this rank is kept after each round, and the
+            share of its energy that is lost is logged as `ledger_lost_energy`. `None` keeps everything, which is
+            exact. Not to be confused with `FedExAggregator(residual_rank=...)`, which truncates what one round sends.
+        residual_tolerance (`float`, *optional*):
+            Largest share of a layer's energy, in (0, 1), that may be left out after each round to keep the rank low.
 
         log_layer_exactness (`bool`, *optional*, defaults to `False`):
             Log the exactness certificate of every layer each round, as `aggregation_error/<layer>` and
@@ -99,6 +115,7 @@ class FederatedTrainingArguments(TrainingArguments):
         ValueError: If a value is out of its range, or two arguments contradict each other.
     """
 
+    # `client_ranks` is parsed here: `TrainingArguments` would take a rank of "4" for 4.
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "aggregator_kwargs"]
 
     restore_callback_states_from_checkpoint: bool = field(
@@ -129,6 +146,22 @@ class FederatedTrainingArguments(TrainingArguments):
     client_weighting: str = field(
         default="num_examples",
         metadata={"help": "Weight of a client in the average.", "choices": _CHOICES["client_weighting"]},
+    )
+    client_ranks: dict[str, int] | str | None = field(
+        default=None, metadata={"help": "LoRA ranks of clients that differ from the global one, as a JSON object."}
+    )
+    residual_storage: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the residuals are held: added to float32 base weights, or in a frozen adapter beside them.",
+            "choices": _CHOICES["residual_storage"],
+        },
+    )
+    residual_rank: int | None = field(
+        default=None, metadata={"help": "Largest rank of a layer's accumulated residual; all of it if not given."}
+    )
+    residual_tolerance: float | None = field(
+        default=None, metadata={"help": "Share of its energy, in (0, 1), that may be left out after each round."}
     )
     log_layer_exactness: bool = field(
         default=False, metadata={"help": "Log the exactness certificate of every layer each round."}
@@ -179,18 +212,18 @@ class FederatedTrainingArguments(TrainingArguments):
                 "after the round. Use a schedule that is a function of the step."
             )
         _check_unsupported(self)
+        _check_ranks(self.parsed_client_ranks)
         get_aggregator(self.aggregator, **self.parsed_aggregator_kwargs)
 
     @property
     def parsed_aggregator_kwargs(self) -> dict[str, Any]:
         """`aggregator_kwargs` as a dictionary, empty if not given."""
-        kwargs = self.aggregator_kwargs or {}
-        if not isinstance(kwargs, str):
-            return dict(kwargs)
-        try:
-            return dict(json.loads(kwargs))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"`aggregator_kwargs={kwargs!r}` is not a JSON object ({error}).") from error
+        return _parsed("aggregator_kwargs", self.aggregator_kwargs)
+
+    @property
+    def parsed_client_ranks(self) -> dict[str, int]:
+        """`client_ranks` as a dictionary, empty if not given."""
+        return _parsed("client_ranks", self.client_ranks)
 
     @classmethod
     def from_training_args(cls, args: TrainingArguments, **kwargs: Any) -> FederatedTrainingArguments:
@@ -210,8 +243,32 @@ class FederatedTrainingArguments(TrainingArguments):
         return cls(**(taken | kwargs))
 
 
+def _parsed(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    if not isinstance(value, str):
+        return dict(value or {})
+    try:
+        return dict(json.loads(value)) if value else {}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}={value!r}` is not a JSON object ({error}).") from error
+
+
+def _check_ranks(ranks: dict[str, int]) -> None:
+    for client_id, rank in ranks.items():
+        if not isinstance(client_id, str) or type(rank) is not int or rank < 1:
+            raise ValueError(
+                f"`client_ranks` has the rank {rank!r} for the client {client_id!r}. Allowed: a dictionary from "
+                "client ids, which are strings, to integers of at least 1."
+            )
+
+
 def _check_numbers(args: FederatedTrainingArguments) -> None:
-    for name, least in (("num_rounds", 1), ("num_clients", 1), ("min_clients", 1), ("hub_retries", 0)):
+    for name, least in (
+        ("num_rounds", 1),
+        ("num_clients", 1),
+        ("min_clients", 1),
+        ("hub_retries", 0),
+        ("residual_rank", 1),
+    ):
         value = getattr(args, name)
         if value is not None and (not isinstance(value, int) or value < least):
             raise ValueError(f"`{name}={value!r}` is not allowed. Allowed: an integer of at least {least}.")
@@ -219,6 +276,11 @@ def _check_numbers(args: FederatedTrainingArguments) -> None:
         raise ValueError(
             f"`client_fraction={args.client_fraction!r}` is out of range. Allowed: above 0 and at most 1; it is the "
             "fraction of the clients that train in each round."
+        )
+    if args.residual_tolerance is not None and not 0 < args.residual_tolerance < 1:
+        raise ValueError(
+            f"`residual_tolerance={args.residual_tolerance!r}` is out of range. Allowed: above 0 and below 1; it is a "
+            "share of the energy. Leave it out to keep all of it."
         )
     if args.num_clients is not None and args.min_clients > args.num_clients:
         raise ValueError(

@@ -21,10 +21,14 @@ class NonFiniteUpdateError(ValueError):
 class LowRankDelta:
     """A weight update in factored form, `scaling * B @ A`.
 
+    A layer that holds several matrices (expert parameters) has a leading dimension `experts` in both factors, and
+    everything that is said of one update holds for each expert.
+
     Args:
-        A: Tensor of shape `(rank, in_features)`, floating point.
-        B: Tensor of shape `(out_features, rank)`, the dtype of `A`.
+        A: Tensor of shape `(rank, in_features)`, floating point, or `(experts, rank, in_features)`.
+        B: Tensor of shape `(out_features, rank)`, the dtype of `A`, or `(experts, out_features, rank)`.
         scaling: PEFT's scaling of the layer (`lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA), no unit.
+        cut: Energy (squared Frobenius norm) that a truncation left out of this update, 0 where there was none.
 
     Raises:
         ValueError: If `A` and `B` are not matrices that share their rank.
@@ -38,18 +42,31 @@ class LowRankDelta:
     A: torch.Tensor
     B: torch.Tensor
     scaling: float = 1.0
+    cut: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+        fits = self.A.ndim in (2, 3) and self.A.ndim == self.B.ndim and self.A.shape[:-2] == self.B.shape[:-2]
+        if not fits or self.A.shape[-2] != self.B.shape[-1]:
             raise ValueError(
                 f"`A` of shape {tuple(self.A.shape)} and `B` of shape {tuple(self.B.shape)} are not the factors of "
-                "one update. Allowed: `A` of shape `(rank, in_features)` and `B` of shape `(out_features, rank)`."
+                "one update. Allowed: `A` of shape `(rank, in_features)` and `B` of shape `(out_features, rank)`, "
+                "both with the same leading dimension where a layer holds several experts."
             )
 
     @property
     def rank(self) -> int:
         """Number of rows of `A` = number of columns of `B`; the numerical rank may be smaller."""
-        return self.A.shape[0]
+        return self.A.shape[-2]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of `A`."""
+        return self.A.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of `B`."""
+        return self.B.shape[-2]
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +74,7 @@ class LowRankDelta:
         return self.A.nbytes + self.B.nbytes
 
     def to_dense(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        """The update as a matrix of shape `(out_features, in_features)`, computed in `dtype`."""
+        """The update as a matrix of shape `(out_features, in_features)`, or one per expert, computed in `dtype`."""
         return self.scaling * (self.B.to(dtype) @ self.A.to(dtype))
 
 
@@ -73,7 +90,10 @@ class ClientUpdate:
         tensors: Parameter name -> every other trained parameter (heads, biases, trained tokens), on the CPU.
         metrics: What the local fit measured, such as `train_loss`.
         offsets: Layer name -> what this client's base weight held during the fit beyond the common one; empty for a
-            client that started from the global factors. Server and client both know it, so it does not travel.
+            client that started from the global factors. For one of a smaller rank than the global one: the rows and
+            columns that it does not train. Server and client both know it, so it does not travel.
+        base_version: The base and ledger that the client trained on, as `FederatedTrainer.base_version` names them;
+            `None` if nobody has said.
     """
 
     client_id: str
@@ -83,6 +103,7 @@ class ClientUpdate:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     offsets: Mapping[str, LowRankDelta] = field(default_factory=dict)
+    base_version: str | None = None
 
     def check_finite(self) -> None:
         """Refuse an update that would poison the average.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from fedex_hf.aggregators import Aggregator
-from fedex_hf.base_model import check_peft_type
+from fedex_hf.aggregators import Aggregator, get_aggregator
+from fedex_hf.base_model import AdaptedModel, check_peft_type
 from fedex_hf.partition import partition_dataset
 from fedex_hf.training_args import FederatedTrainingArguments
 
@@ -127,6 +128,70 @@ def refuse_kept_adapters(aggregator: Aggregator) -> None:
             f"`{type(aggregator).__name__}` says `keeps_client_adapters` without `changes_base = True`. Clients that "
             "keep their factors need an offset in their base weight, which has to be able to hold it."
         )
+
+
+def refuse_client_ranks(ranks: Mapping[str, int], aggregator: Aggregator, clients: Mapping[str, Any]) -> None:
+    """Refuse ranks that belong to no client, or that the method cannot bring together exactly.
+
+    Args:
+        ranks: Client -> its rank.
+        aggregator: The method.
+        clients: The federation's clients.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    unknown = [client_id for client_id in ranks if client_id not in clients]
+    if unknown:
+        known = ", ".join([*map(repr, [*clients][:10]), *["..."] * (len(clients) > 10)])
+        raise ValueError(f"`client_ranks` names {unknown[:5]}, which are no clients. Allowed: {known}.")
+    if not ranks:
+        return
+    if aggregator.keeps_client_adapters:
+        reason = (
+            "its clients go on from factors of their own, and what one of another rank does not train would have to "
+            "be part of these"
+        )
+    elif not aggregator.mixes_ranks or not aggregator.changes_base:
+        reason = "it has nowhere to put what does not fit into the global rank, so its result would not be exact"
+    elif "start" not in signature(aggregator.aggregate).parameters:
+        reason = "its `aggregate` does not take `start`, which says the global ranks"
+    else:
+        return
+    raise ValueError(
+        f"`client_ranks` with the aggregator `{aggregator.name}`: {reason}. Use `fedex` with the assignment "
+        '"average" or "reinitialise", or leave `client_ranks` out.'
+    )
+
+
+def refuse_scaled_biases(ranks: Mapping[str, int], adapted: AdaptedModel) -> None:
+    """Refuse `lora_bias` with ranks that differ.
+
+    Raises:
+        ValueError: If there is both.
+    """
+    biases = [name for name in adapted.tensors if name.endswith(f".lora_B.{adapted.adapter}.bias")]
+    if ranks and biases:
+        raise ValueError(
+            f"`client_ranks` with `lora_bias=True`: PEFT scales `{biases[0]}` by the layer's scaling, which differs "
+            "between clients of different ranks, so its mean would not be exact. Leave out one of the two."
+        )
+
+
+def resolve_aggregator(args: FederatedTrainingArguments, aggregator: Aggregator | str | None) -> Aggregator:
+    """The method: what the constructor was given, or what the arguments name.
+
+    Raises:
+        ValueError: If both come, so that arguments would be ignored.
+    """
+    if aggregator is None:
+        return get_aggregator(args.aggregator, **args.parsed_aggregator_kwargs)
+    if args.parsed_aggregator_kwargs:
+        raise ValueError(
+            f"`aggregator_kwargs={args.aggregator_kwargs}` would be ignored, because `aggregator` is passed to the "
+            "constructor. Give them to it, or name it in the arguments."
+        )
+    return get_aggregator(aggregator)
 
 
 def refuse_federation_kwargs(client_trainer_kwargs: Mapping[str, Any]) -> None:

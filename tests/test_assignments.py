@@ -543,7 +543,7 @@ def test_refused(tmp_path, kwargs, message):
 
 @pytest.mark.parametrize("way", ["model", "resume"])
 def test_a_published_round_cannot_be_continued_with_factors_of_clients(tmp_path, monkeypatch, way):
-    monkeypatch.setattr("fedex_hf.round_trainer.find_round", lambda where, token: str(tmp_path / "downloaded"))
+    monkeypatch.setattr("fedex_hf.round_checkpoints.find_round", lambda where, token: str(tmp_path / "downloaded"))
     given = {"model": "user/run", "peft_config": None} if way == "model" else {}
 
     def go_on() -> None:

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -48,12 +49,12 @@ def gpt2(**kwargs):
     )
 
 
-def random_delta(site, rank, scaling=0.7, seed=0, std=1.0):
+def random_delta(site, rank, scaling=None, seed=0, std=1.0):
     generator = torch.Generator().manual_seed(seed)
     return LowRankDelta(
         A=std * torch.randn(rank, site.A.shape[1], generator=generator),
         B=std * torch.randn(site.B.shape[0], rank, generator=generator),
-        scaling=scaling,
+        scaling=site.scaling if scaling is None else scaling,
     )
 
 
@@ -96,11 +97,23 @@ MODEL_CASES = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
 class Convolutional(nn.Module):
-    def __init__(self):
+    def __init__(self, groups=1):
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
+        self.conv = nn.Conv2d(4, 4, 3, groups=groups)
         self.norm = nn.BatchNorm2d(4)
         self.head = nn.Linear(4, 2)
+
+
+class LoraOfTheirOwn(LoraLinear):
+    """A subclass may compute anything."""
+
+
+def layer_of_their_own():
+    model = roberta()
+    for name, module in model.named_modules():
+        if name.endswith("layer.0.attention.self.query"):
+            module.__class__ = LoraOfTheirOwn
+    return model
 
 
 class NormWithoutStatistics(nn.Module):
@@ -142,18 +155,37 @@ REFUSED = {
         "of the type .*PREFIX_TUNING.* Allowed: LORA",
     ),
     "two-active": (two_active_adapters, r"2 active adapters \(\['default', 'second'\]\).*`model.set_adapter\(name\)`"),
-    "dora": (lambda: roberta(use_dora=True), r"`.*query` uses .*Dora.*`use_dora`"),
-    "embedding": (
-        lambda: llama(target_modules=["q_proj", "embed_tokens"]),
-        r"`.*embed_tokens` is a LoRA `Embedding`.*`target_modules` or `exclude_modules`",
+    "dora": (lambda: roberta(use_dora=True), r"`.*query` uses Dora.*full rank.*`use_dora`"),
+    "alora": (
+        lambda: llama(alora_invocation_tokens=[5, 6]),
+        "`.*q_proj` uses ALora.*depends on the input.*plain LoRA and rsLoRA",
     ),
-    "conv2d": (
-        lambda: with_lora(Convolutional(), target_modules=["conv"]),
-        "`.*conv` is a LoRA `Conv2d`.*`nn.Linear` and `Conv1D`",
+    "of-their-own": (layer_of_their_own, "`.*query` is a LoRA `LoraOfTheirOwn`.*never shown.*Supported.*`exclude_"),
+    "grouped-conv": (
+        lambda: with_lora(Convolutional(groups=2), target_modules=["conv"]),
+        "`.*conv` is a convolution with 2 groups.*`exclude_modules`",
+    ),
+    "replicated": (
+        lambda: llama(layer_replication=[(0, 2), (0, 1)]),
+        r"`layer_replication=\[\(0, 2\), \(0, 1\)\]`.*share one base weight.*Replicate the layers in the model itself",
+    ),
+    "shared-factors": (
+        lambda: with_lora(tied(tiny.llama()), target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True),
+        "`.*embed_tokens` and `.*lm_head` share their LoRA factors.*counted twice.*`ensure_weight_tying=False`",
     ),
     "merged": (merged, r"`.*query` holds a merged adapter.*`model.unmerge_adapter\(\)`"),
-    "pissa": (lambda: roberta(init_lora_weights="pissa"), "`init_lora_weights='pissa'` is not supported yet"),
-    "olora": (lambda: roberta(init_lora_weights="olora"), "`init_lora_weights='olora'` is not supported yet"),
+    "pissa": (
+        lambda: roberta(init_lora_weights="pissa"),
+        "`init_lora_weights='pissa'`, which has already changed the base weights.*together with `peft_config`",
+    ),
+    "olora": (
+        lambda: roberta(init_lora_weights="olora"),
+        "`init_lora_weights='olora'`, which has already changed the base weights.*together with `peft_config`",
+    ),
+    "needs-data": (
+        lambda: roberta(init_lora_weights="eva"),
+        r"`init_lora_weights='eva'` is not supported: .* needs data.*Allowed: True.*\"pissa\"",
+    ),
     "batch-norm": (
         lambda: with_lora(Convolutional(), target_modules=["head"]),
         "`.*norm` keeps running statistics.*`track_running_stats=False`",
@@ -173,34 +205,50 @@ def bfloat16():
     return with_lora(tiny.roberta().bfloat16(), target_modules=["query"])
 
 
+def tied(model):
+    """Token embedding and head as one tensor."""
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    return model
+
+
 def tied_head():
     """GPT-2's `lm_head` is its token embedding."""
     return gpt2(target_modules=["c_attn", "lm_head"], fan_in_fan_out=False)
 
 
-def replicated():
-    """Two layers with factors of their own on one base weight."""
-    return llama(layer_replication=[(0, 2), (0, 1)])
-
-
-REFUSED_FOR_THE_BASE = {
-    "bfloat16": (bfloat16, r"`.*query` is torch.bfloat16.*`dtype=torch.float32`.*\(`fedit`, `ffa`\)"),
+NOT_IN_THE_BASE = {
+    "bfloat16": (bfloat16, r"`.*query` is torch.bfloat16.*residual_storage=\"adapter\".*`dtype=torch.float32`"),
     "float16": (
         lambda: with_lora(tiny.llama().half(), target_modules=["k_proj"]),
         "`.*k_proj` is torch.float16.*`dtype=torch.float32`",
     ),
     "tied-head": (tied_head, r"`.*lm_head` is one tensor with several places.*wte.*`tie_word_embeddings=False`"),
-    "replicated": (replicated, r"layers.0.*_proj` is one tensor with several places.*layers\.2"),
+    "tied-embedding": (
+        lambda: with_lora(tied(tiny.llama()), target_modules=["embed_tokens"]),
+        r"`.*embed_tokens` is one tensor with several places.*lm_head.*`tie_word_embeddings=False`",
+    ),
 }
 
 
-@pytest.mark.parametrize(("make", "message"), REFUSED_FOR_THE_BASE.values(), ids=REFUSED_FOR_THE_BASE)
+@pytest.mark.parametrize(("make", "message"), NOT_IN_THE_BASE.values(), ids=NOT_IN_THE_BASE)
 @pytest.mark.filterwarnings("ignore")
-def test_refused_only_where_the_base_is_to_change(make, message):
+def test_what_the_base_cannot_hold_goes_beside_it(make, message):
     model = make()
+    names = set(model.state_dict())
     with pytest.raises(UnsupportedModelError, match=message):
-        AdaptedModel(model, changes_base=True)
-    assert AdaptedModel(model, changes_base=False).sites
+        AdaptedModel(model, changes_base=True, storage="base")
+    assert set(model.state_dict()) == names  # a refusal leaves it as it was
+    assert AdaptedModel(model, changes_base=False).storage == "base"  # where nothing is added, nothing is lost
+    assert AdaptedModel(model, changes_base=True).storage == "adapter"
+
+
+def test_a_float32_base_holds_the_residual_unless_asked_otherwise():
+    assert AdaptedModel(roberta(), changes_base=True).storage == "base"
+    assert AdaptedModel(roberta(), changes_base=True, storage="base").storage == "base"
+    assert AdaptedModel(roberta(), changes_base=True, storage="adapter").storage == "adapter"
+    with pytest.raises(ValueError, match=r"`residual_storage='disk'`. Allowed: 'auto', 'base', 'adapter'"):
+        AdaptedModel(roberta(), changes_base=True, storage="disk")
 
 
 def trainable_base():
@@ -586,3 +634,71 @@ def test_the_ledger_of_real_aggregation_keeps_the_sum():
             expected = originals[name].double().numpy() + sums[name]
             assert error(site.base_weight.detach().double(), expected) < 1e-6
     assert ledger.matrices
+
+
+def test_factors_have_the_scaling_of_the_layer():
+    """Checkpoints do not store a scaling: a method may return residuals of any."""
+    adapted = AdaptedModel(roberta(), changes_base=True)
+    name, site = next(iter(adapted.sites.items()))
+    first, second = random_delta(site, 3, 0.7), random_delta(site, 3, -5.0, seed=1)
+    ledger = Ledger().plus({name: first}, adapted.sites).plus({name: second}, adapted.sites)
+    assert ledger.factors[name].scaling == site.scaling == 2.0
+    expected = expected_dense(first, site) + expected_dense(second, site)
+    assert error(ledger.dense(name, site), expected) < 1e-6
+    half = LowRankDelta(first.A.bfloat16(), first.B.bfloat16(), 0.7)
+    ledger = Ledger().plus({name: half}, adapted.sites)
+    assert ledger.factors[name].A.dtype == torch.float32
+    assert error(ledger.dense(name, site), expected_dense(half, site)) < 1e-6
+
+
+def test_the_ledger_does_not_grow_where_rounds_repeat_themselves():
+    adapted = AdaptedModel(roberta(), changes_base=True)
+    residuals = residuals_of(adapted, rank=2)
+    ledger, ranks = Ledger(), []
+    name, site = next(iter(adapted.sites.items()))
+    for rounds in range(1, 21):
+        ledger = ledger.plus(residuals, adapted.sites)
+        ranks.append(ledger.factors[name].rank)
+        assert error(ledger.dense(name, site), rounds * expected_dense(residuals[name], site)) < 1e-6
+    assert max(ranks) < 8
+    assert not ledger.matrices
+
+
+@pytest.mark.parametrize("storage", ["base", "adapter"])
+def test_a_ledger_of_bounded_rank_is_the_best_approximation(storage):
+    adapted = AdaptedModel(llama(), changes_base=True, storage=storage)
+    ledger = Ledger()
+    for seed in range(4):
+        residuals = residuals_of(adapted, rank=4, seed=seed)
+        before = {name: ledger.dense(name, site) for name, site in adapted.sites.items()}
+        ledger = ledger.plus(residuals, adapted.sites, rank=6)
+        lost = whole = 0.0
+        for name, site in adapted.sites.items():
+            total = expected_dense(residuals[name], site) + (0.0 if before[name] is None else before[name].numpy())
+            U, S, Vh = np.linalg.svd(total)
+            assert ledger.factors[name].rank == min(6, 4 * (seed + 1))
+            assert error(ledger.dense(name, site), (U[:, :6] * S[:6]) @ Vh[:6]) < 1e-5
+            lost, whole = lost + np.square(S[6:]).sum(), whole + np.square(S).sum()
+        assert ledger.lost_energy == pytest.approx(lost / whole, rel=1e-4, abs=1e-12)
+        assert (ledger.lost_energy == 0.0) == (seed == 0)
+        adapted.install(ledger)
+        for name, site in adapted.sites.items():
+            held = adapted.installed(name) - adapted.installed_at(name, Ledger())
+            assert error(held, ledger.dense(name, site).numpy()) < 1e-4
+    assert ledger.plus({}, adapted.sites, rank=6).lost_energy == 0.0  # of the last round, and it added nothing
+
+
+def test_a_tolerance_counts_each_round_and_a_dense_sum_keeps_all():
+    adapted = AdaptedModel(roberta(), changes_base=True)
+    name, site = next(iter(adapted.sites.items()))
+    large, small = random_delta(site, 2, std=1.0), random_delta(site, 2, std=0.03, seed=1)
+    ledger = Ledger().plus({name: large}, adapted.sites, tolerance=1e-3)
+    assert (ledger.factors[name].rank, ledger.lost_energy) == (2, 0.0)
+    ledger = ledger.plus({name: small}, adapted.sites, tolerance=1e-3)
+    assert ledger.factors[name].rank == 2
+    assert 0 < ledger.lost_energy < 1e-3
+    before = ledger.dense(name, site)
+    flat = random_delta(site, 40, seed=2)  # nothing to cut: larger as factors than as a matrix
+    ledger = ledger.plus({name: flat}, adapted.sites, rank=30, tolerance=1e-3)
+    assert ledger.lost_energy == 0.0
+    assert error(ledger.matrices[name], before.numpy() + expected_dense(flat, site)) < 1e-6

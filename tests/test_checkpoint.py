@@ -316,7 +316,7 @@ def test_a_stream_goes_on_where_it_stopped(tmp_path):
 
 @pytest.mark.parametrize(
     ("sizes", "num_rounds", "interrupted_in"),
-    [((4,) * 7, 2, 2), ((5, 6), 5, 4), ((5, 6), 5, 5)],
+    [((8,) * 7, 2, 2), ((5, 6), 5, 4), ((5, 6), 5, 5)],
     ids=["many clients", "before it is dense", "after it is dense"],
 )
 def test_a_dense_ledger_survives(tmp_path, uninterrupted, sizes, num_rounds, interrupted_in):

@@ -31,17 +31,32 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     yield from fresh_lab(tmp_path_factory)
 
 
+# Runs whose residuals ride beside the base: family of the model, arguments of the run, dtype of what is published as
+# the base, arguments of `from_pretrained`.
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
+BESIDE: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
+    "float32": ("llama", {"residual_storage": "adapter"}, "float32", {}),
+    "bfloat16": ("llama", {}, "bfloat16", {"dtype": "bfloat16"}),
+    "nf4": ("llama", {}, "float32", {"dtype": "float32", "quantization_config": NF4}),
+}
+
+
 def whole(lab: Lab, family: str = "roberta") -> dict[str, Any]:
     """A run of three rounds that nothing interrupts, on a base without a head; its outcome is in `outcome.pt`."""
     return _whole(lab, family)
 
 
 @cache
-def _whole(lab: Lab, family: str) -> dict[str, Any]:
-    base = lab.base(family, part="roberta") if family == "roberta" else lab.base(family)
-    given = {"base_kwargs": {"num_labels": 3}} if family == "roberta" else {}
-    settings = lab.settings(f"uninterrupted-{family}", family=family, base=base, arguments=KEPT, **given)
-    outcome = str(lab.root / f"uninterrupted-{family}" / "outcome.pt")
+def _whole(lab: Lab, name: str) -> dict[str, Any]:
+    family, arguments, dtype, given = BESIDE.get(name, (name, {}, "float32", {}))
+    if family == "roberta":
+        base, given = lab.base(family, part="roberta"), {"num_labels": 3}
+    else:
+        base = lab.base(family, **({} if dtype == "float32" else {"dtype": dtype}))
+    settings = lab.settings(
+        f"uninterrupted-{name}", family=family, base=base, base_kwargs=given, arguments=KEPT | arguments
+    )
+    outcome = str(lab.root / f"uninterrupted-{name}" / "outcome.pt")
     lab.train(settings, actions=["train", {"outcome": outcome}])
     lab.assert_rounds(settings["arguments"]["hub_model_id"], [1, 2, 3])
     return settings | {"outcome": outcome}
@@ -64,32 +79,69 @@ def elsewhere(lab: Lab, name: str, original: dict[str, Any], **changes: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("family", "way", "round"),
+    ("name", "way", "round"),
     [
         ("roberta", "model", 1),
         ("roberta", "resume", 1),
         ("roberta", "resume", 2),
         ("gpt2", "model", 1),
+        ("bfloat16", "model", 2),
+        ("nf4", "model", 1),
+        ("nf4", "resume", 2),
+        pytest.param("bfloat16", "resume", 1, marks=pytest.mark.slow),
         pytest.param("gpt2", "resume", 2, marks=pytest.mark.slow),
         pytest.param("llama-tied", "model", 2, marks=pytest.mark.slow),
         pytest.param("llama-tied", "resume", 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_continued_run_ends_with_the_bytes_of_the_one_that_went_on(lab, family, way, round):
-    original = whole(lab, family)
-    repo, outcome = original["arguments"]["hub_model_id"], str(lab.root / f"continued-{family}-{way}-{round}.pt")
+def test_a_continued_run_ends_with_the_bytes_of_the_one_that_went_on(lab, name, way, round):
+    original = whole(lab, name)
+    repo, outcome = original["arguments"]["hub_model_id"], str(lab.root / f"continued-{name}-{way}-{round}.pt")
     start: dict[str, Any] = {"model": repo, "revision": f"round-{round}"}
     train: Any = "train"
     if way == "resume":
         start = {key: original[key] for key in ("base", "base_kwargs") if key in original}
         train = {"train": f"{repo}@round-{round}"}
     settings = elsewhere(
-        lab, f"continued-{family}-{way}-{round}", original, actions=[train, {"outcome": outcome}], **start
+        lab, f"continued-{name}-{way}-{round}", original, actions=[train, {"outcome": outcome}], **start
     )
     told = lab.train(settings)
     assert [entry["round"] for entry in told["rounds"]] == [1, 2, 3]
     assert told["steps"] == (3 - round) * 8  # it went on, and did not start anew
     kill_target.assert_same(outcome_of(outcome), outcome_of(original["outcome"]))
+    beside = any(".fedex_residual." in key for key in outcome_of(outcome)["model"])
+    assert beside == (name in BESIDE)
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("float32", 1e-6), ("nf4", 1e-5)])
+def test_a_round_beside_its_base_loads_with_nothing_of_ours(lab, name, tolerance):
+    """Up to the rounding of activations; effective weights are compared in `test_storage_saving.py`."""
+    repo = f"user/beside-{name}"
+    family, arguments, _, given = BESIDE[name]
+    settings = lab.settings(
+        f"beside-{name}",
+        family=family,
+        base=lab.base(family),
+        base_kwargs=given,
+        arguments=arguments | {"num_rounds": 2},
+    )
+    lab.train(settings)
+    reference = Path(settings["reference"])
+
+    def load(path: str, revision: str | None, round: int) -> dict[str, Any]:
+        file = str(reference / f"round-{round}.safetensors")
+        return {"repo": repo, "revision": revision, "path": path, "task": "CAUSAL_LM", "reference": file}
+
+    right = [
+        load(path, revision, round)
+        for path in ("auto", "auto-peft", "peft")
+        for revision, round in ((None, 2), ("round-1", 1), (lab.tags(repo)["round-2"], 2))
+    ]
+    twins = [load("auto-peft", "round-1", 2), load("auto", "round-2", 1)]
+    told = lab.load(right + twins)
+    assert [each.get("error") for each in told] == [None] * len(told)
+    assert max(each["difference"] for each in told[: len(right)]) < tolerance
+    assert min(each["difference"] for each in told[len(right) :]) > 1e-3
 
 
 def test_a_commit_and_main_can_be_continued_too(lab):

@@ -29,7 +29,7 @@ WEIGHTS = [12, 7, 9]
 class Federation:
     """A model, its ledger, and rounds whose clients move their factors at random."""
 
-    def __init__(self, make=tiny.gpt2, seed=0, **config):
+    def __init__(self, make=tiny.gpt2, seed=0, storage="auto", **config):
         defaults = {tiny.gpt2: {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}}
         defaults |= {
             tiny.roberta: {"target_modules": ["query", "value"]},
@@ -37,7 +37,7 @@ class Federation:
         }
         self.generator = torch.Generator().manual_seed(seed)
         model = get_peft_model(make(), LoraConfig(**({"r": 4, "lora_alpha": 6} | defaults[make] | config)))
-        self.adapted = AdaptedModel(model, changes_base=True)
+        self.adapted = AdaptedModel(model, changes_base=True, storage=storage)
         self.ledger = Ledger()
 
     def client(self, name="client", step=0.1):
@@ -65,7 +65,16 @@ class Federation:
         return update
 
     def bases(self):
-        return {name: site.base_weight.detach().double().numpy().copy() for name, site in self.adapted.sites.items()}
+        """Base weights and what carriers add to them, from the live modules."""
+        return {name: self._base(site) for name, site in self.adapted.sites.items()}
+
+    def _base(self, site):
+        base = site.base_weight.detach().double().numpy().copy()
+        if self.adapted.storage == "adapter" and "fedex_residual" in site.layer.active_adapters:
+            A, B = (each["fedex_residual"].weight.detach() for each in (site.layer.lora_A, site.layer.lora_B))
+            product = site.layer.scaling["fedex_residual"] * (B.double().numpy() @ A.double().numpy())
+            base += product.T if isinstance(site.layer.get_base_layer(), Conv1D) else product
+        return base
 
     def measure(self):
         return measure_exactness(self.adapted, self.before, self.ledger_before, self.updates, self.weights)
@@ -104,10 +113,11 @@ def is_exact(exactness):
     )
 
 
+@pytest.mark.parametrize("storage", ["base", "adapter"])
 @MAKERS
-def test_a_right_installation(make):
-    federation = Federation(make)
-    for _ in range(4):
+def test_a_right_installation(make, storage):
+    federation = Federation(make, storage=storage)
+    for _ in range(4):  # factors at first, dense later on
         federation.round()
         exactness = federation.measure()
         assert set(exactness.layers) == set(federation.adapted.sites)
@@ -227,6 +237,49 @@ def test_a_fault_shows(fault, first_round):
     assert bad.aggregation_error > 1e-3
     assert not is_exact(bad)
     assert bad.fedit_deviation == good.fedit_deviation  # what FedIT would have done is none of the fault's business
+    for name, (change, error, _) in federation.expected().items():
+        assert bad.layers[name].aggregation_error == pytest.approx(error / change, rel=1e-3)
+
+
+def carrier_switched_off(federation):
+    for site in federation.adapted.sites.values():
+        site.layer.set_adapter(["default"])
+
+
+def carrier_perturbed(federation):
+    next(iter(federation.adapted.sites.values())).layer.lora_A["fedex_residual"].weight.data[0, 0] += 1.0
+
+
+def carrier_in_bfloat16(federation):
+    for site in federation.adapted.sites.values():
+        A = site.layer.lora_A["fedex_residual"].weight.data
+        A.copy_(A.bfloat16())
+
+
+CARRIER_FAULTS = [
+    base_not_installed,
+    adapter_not_installed,
+    adapter_of_one_client,
+    adapter_in_bfloat16,
+    carrier_switched_off,
+    carrier_perturbed,
+    carrier_in_bfloat16,
+]
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("fault", CARRIER_FAULTS)
+def test_a_fault_of_the_carrier_shows(fault, rounds):
+    federation = Federation(storage="adapter")
+    for _ in range(rounds):
+        federation.round()
+    good = federation.measure()
+    assert is_exact(good)
+    fault(federation)
+    bad = federation.measure()
+    assert bad.aggregation_error > 1e-4
+    assert not is_exact(bad)
+    assert bad.fedit_deviation == good.fedit_deviation
     for name, (change, error, _) in federation.expected().items():
         assert bad.layers[name].aggregation_error == pytest.approx(error / change, rel=1e-3)
 

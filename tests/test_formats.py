@@ -184,7 +184,7 @@ KINDS = {
     "roberta-one-step": Kind(tiny.roberta, {}, sizes=(4, 3, 4)),
     "roberta-dense-ledger": Kind(tiny.roberta, {"r": 4}, sizes=(4, 3, 5, 4, 2, 4, 3, 4)),
     "gpt2-dense-ledger": Kind(
-        tiny.gpt2, CAUSAL | {"target_modules": ["c_attn"], "fan_in_fan_out": True}, sizes=(4, 3, 5, 4, 2, 4, 3, 4)
+        tiny.gpt2, CAUSAL | {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True}, (4, 3, 5, 4, 2, 4, 3, 4)
     ),
 }
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedex_hf import LowRankDelta
-from fedex_hf.low_rank import compress, concatenate, max_useful_rank
+from fedex_hf.low_rank import compress, concatenate, decompose, energy, lost_energy, max_useful_rank
 
 
 def delta_of(rank, out_features=19, in_features=31, scaling=1.5, seed=0, dtype=torch.float32):
@@ -153,6 +153,104 @@ def test_compress_to_a_rank_that_is_enough():
         small = compress(delta, rank)
         assert small.rank == 4
         assert error(dense(small), dense(delta)) < 1e-7
+
+
+# ---- What a truncation leaves out ----
+
+
+def with_spectrum(values, seed=0):
+    """A delta whose product has these singular values times its scaling, 1.5."""
+    generator = np.random.default_rng(seed)
+    U = np.linalg.qr(generator.normal(size=(19, len(values))))[0]
+    V = np.linalg.qr(generator.normal(size=(31, len(values))))[0]
+    return LowRankDelta(torch.tensor(V.T).float(), torch.tensor(U * values).float(), 1.5)
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "rank"), [(1e-9, 5), (0.005, 4), (0.05, 3), (0.14, 2), (0.4, 1), (0.99, 1)], ids=str
+)
+def test_compress_to_a_tolerance_keeps_the_fewest_factors_that_hold_the_rest(tolerance, rank):
+    delta = with_spectrum([5.0, 3.0, 2.0, 1.0, 0.4])
+    small = compress(delta, tolerance=tolerance)
+    S = np.linalg.svd(dense(delta), compute_uv=False)
+    shares = [np.square(S[kept:]).sum() / np.square(S).sum() for kept in range(6)]
+    assert small.rank == rank
+    assert shares[rank] <= tolerance
+    assert rank == 1 or shares[rank - 1] > tolerance
+    assert small.cut == pytest.approx(np.square(S[rank:5]).sum(), rel=1e-5, abs=1e-9)
+    assert np.linalg.norm(dense(small) - dense(delta)) ** 2 == pytest.approx(small.cut, rel=1e-4, abs=1e-9)
+
+
+def test_compress_takes_the_smaller_of_rank_and_tolerance():
+    delta = with_spectrum([5.0, 3.0, 2.0, 1.0, 0.4])
+    assert compress(delta, 2, tolerance=0.05).rank == 2
+    assert compress(delta, 4, tolerance=0.05).rank == 3
+
+
+def test_nothing_is_cut_where_nothing_is_left_out():
+    delta = delta_of(4)
+    assert compress(delta).cut == compress(delta, 4).cut == concatenate([delta, delta]).cut == 0.0
+    assert compress(concatenate([delta, delta])).cut == 0.0
+    assert lost_energy([delta, compress(delta)]) == 0.0
+
+
+def test_energy_is_the_squared_norm():
+    for delta in (delta_of(3), delta_of(25, scaling=-0.5), concatenate([delta_of(3), delta_of(4, seed=1)])):
+        assert energy(delta) == pytest.approx(np.square(dense(delta)).sum(), rel=1e-10)
+
+
+def test_lost_energy_of_several_updates_together():
+    deltas = [with_spectrum([5.0, 3.0, 2.0], seed=0), with_spectrum([40.0, 1.0], seed=1), delta_of(2)]
+    small = [compress(deltas[0], 1), compress(deltas[1], 1), deltas[2]]
+    lost = sum(np.square(dense(a) - dense(b)).sum() for a, b in zip(deltas, small, strict=True))
+    assert lost_energy(small) == pytest.approx(lost / sum(np.square(dense(each)).sum() for each in deltas), rel=1e-5)
+
+
+def test_cuts_add_up():
+    first = compress(with_spectrum([5.0, 3.0]), 1)
+    both = concatenate([first, compress(with_spectrum([4.0, 2.0], seed=1), 1)])
+    assert both.cut == pytest.approx(1.5**2 * (9 + 4), rel=1e-5)
+    assert compress(both).cut == pytest.approx(both.cut, rel=1e-12)
+    assert compress(both, 1).cut > both.cut
+
+
+# ---- Several experts ----
+
+
+def experts(rank=4, count=3):
+    deltas = [delta_of(rank, seed=10 + each) for each in range(count)]
+    stacked = LowRankDelta(torch.stack([d.A for d in deltas]), torch.stack([d.B for d in deltas]), 1.5)
+    return deltas, stacked
+
+
+def test_experts_are_compressed_each_for_itself():
+    deltas, stacked = experts()
+    twice = concatenate([stacked, stacked])
+    assert twice.rank == 8
+    small = compress(twice)
+    assert small.rank == 4
+    cut = compress(stacked, 2)
+    assert cut.rank == 2
+    for index, delta in enumerate(deltas):
+        assert error(dense(LowRankDelta(small.A[index], small.B[index], 1.5)), 2 * dense(delta)) < 1e-6
+        alone = dense(compress(delta, 2))
+        assert error(dense(LowRankDelta(cut.A[index], cut.B[index], 1.5)), alone) < 1e-6
+    assert cut.cut == pytest.approx(sum(compress(delta, 2).cut for delta in deltas), rel=1e-5)
+    assert energy(stacked) == pytest.approx(sum(energy(delta) for delta in deltas), rel=1e-10)
+
+
+def test_the_rank_is_that_of_the_expert_that_needs_most():
+    deltas, stacked = experts()
+    stacked.A[0, 1:] = 0.0  # one expert of rank 1
+    assert compress(stacked).rank == 4
+    assert compress(LowRankDelta(stacked.A[:1], stacked.B[:1])).rank == 1
+    S = [np.linalg.svd(dense(delta), compute_uv=False)[:4] for delta in deltas[1:]]
+    needed = max(next(k for k in range(5) if np.square(s[k:]).sum() <= 0.2 * np.square(s).sum()) for s in S)
+    assert compress(stacked, tolerance=0.2).rank == needed
+    dense_experts = torch.stack([delta.to_dense() for delta in deltas])
+    found = decompose(dense_experts)
+    assert found.rank == 4
+    assert error(found.to_dense().numpy(), dense_experts.numpy()) < 1e-12
 
 
 # ---- max_useful_rank ----

@@ -161,22 +161,36 @@ MODELS: dict[str, tuple[Make, type[Exception], tuple[str, ...]]] = {
     "two active adapters": (with_model(two_active), UnsupportedModelError, ("2 active adapters", "Allowed: one")),
     "merged": (with_model(merged), UnsupportedModelError, ("merged adapter", "unmerge_adapter()")),
     "DoRA": (with_model(lambda: peft_model(use_dora=True)), UnsupportedModelError, ("DoraLinear", "use_dora")),
-    "pissa": (
+    "DoRA by peft_config": (
+        with_trainer(peft_config=tiny.lora(use_dora=True)),
+        UnsupportedModelError,
+        ("DoraLinear", "full rank", "use_dora"),
+    ),
+    "PiSSA on a ready model": (
         with_model(lambda: peft_model(init_lora_weights="pissa")),
         UnsupportedModelError,
-        ("init_lora_weights='pissa'", "Allowed: True"),
+        ("init_lora_weights='pissa'", "already changed the base weights", "Pass the plain model", "peft_config"),
     ),
-    "LoRA on an embedding": (
-        with_model(lambda: peft_model(target_modules=["query", "word_embeddings"])),
+    "a start that needs data": (
+        with_trainer(peft_config=tiny.lora(init_lora_weights="eva")),
         UnsupportedModelError,
-        ("word_embeddings", "Supported so far", "exclude_modules"),
+        ("init_lora_weights='eva'", "needs data", "Allowed: True", '"pissa"'),
     ),
-    "bfloat16 base": (
-        with_model(lambda: peft_model(model=tiny.roberta().bfloat16())),
+    "bfloat16 base that is to hold the residual": (
+        with_model(lambda: peft_model(model=tiny.roberta().bfloat16()), residual_storage="base"),
         UnsupportedModelError,
-        ("torch.bfloat16", "round away", "dtype=torch.float32", "fedit"),
+        ("torch.bfloat16", "round away", 'residual_storage="adapter"', "dtype=torch.float32"),
     ),
-    "tied weights": (with_model(tied), UnsupportedModelError, ("lm_head", "embed_tokens", "untie")),
+    "tied weights that are to hold the residual": (
+        with_model(tied, residual_storage="base"),
+        UnsupportedModelError,
+        ("lm_head", "embed_tokens", "act in all of them", 'residual_storage="adapter"', "untie"),
+    ),
+    "an embedding whose A is frozen": (
+        with_trainer(peft_config=tiny.lora(target_modules=["query", "word_embeddings"]), aggregator="ffa"),
+        ValueError,
+        ("word_embeddings", "`A = 0`", "exclude_modules", "fedex"),
+    ),
     "running statistics": (with_model(with_batch_norm), UnsupportedModelError, ("norm", "LayerNorm")),
     "NaN in the adapter": (with_model(with_nan("lora_A")), ValueError, ("NaN", "lora_A")),
     "no model": (with_trainer(model=None, peft_config=None), ValueError, ("needs `model`", "Build it first")),
@@ -198,8 +212,8 @@ def test_models(tmp_path, steps, case):
     refused(MODELS[case][0], tmp_path, *MODELS[case][1:], steps)
 
 
-@pytest.mark.parametrize("aggregator", ["fedit", "ffa"])
-def test_a_bfloat16_base_is_fine_where_no_residual_is_added(tmp_path, steps, aggregator):
+@pytest.mark.parametrize("aggregator", ["fedex", "fedit", "ffa"])
+def test_a_bfloat16_base_is_fine(tmp_path, steps, aggregator):
     train(tmp_path, model=tiny.roberta().bfloat16(), aggregator=aggregator, num_rounds=1)
     assert steps
 
@@ -423,6 +437,7 @@ ARGUMENTS: dict[str, tuple[Make, type[Exception], tuple[str, ...]]] = {
             ("client_weighting", "size", ("'num_examples'", "'uniform'")),
             ("client_optimizer_state", True, ("'reset'", "'keep'")),
             ("lr_schedule", "cosine", ("'round'", "'run'")),
+            ("residual_storage", "disk", ("'auto'", "'base'", "'adapter'")),
             ("client_errors", "ignore", ("'raise'", "'skip'")),
         )
     },
@@ -485,6 +500,15 @@ ARGUMENTS: dict[str, tuple[Make, type[Exception], tuple[str, ...]]] = {
         (ValueError, TypeError),
         ("aggregator_kwargs", "residual_rank"),
     ),
+    **{
+        f"{name}={value!r} of the ledger": (with_args(**{name: value}), ValueError, (f"`{name}={value!r}`", *allowed))
+        for name, value, allowed in (
+            ("residual_rank", 0, ("integer of at least 1",)),
+            ("residual_rank", 2.5, ("integer of at least 1",)),
+            ("residual_tolerance", 0.0, ("above 0 and below 1", "share of the energy")),
+            ("residual_tolerance", 1.0, ("above 0 and below 1", "share of the energy")),
+        )
+    },
     **{
         f"residual_rank={value!r}": (
             with_args(aggregator_kwargs={"residual_rank": value}),

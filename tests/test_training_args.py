@@ -26,6 +26,10 @@ OURS = {
     "aggregator": "fedex",
     "aggregator_kwargs": None,
     "client_weighting": "num_examples",
+    "client_ranks": None,
+    "residual_storage": "auto",
+    "residual_rank": None,
+    "residual_tolerance": None,
     "log_layer_exactness": False,
     "partition_by": None,
     "dirichlet_alpha": None,
@@ -51,6 +55,10 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "aggregator": (["fedit"], "fedit"),
     "aggregator_kwargs": (['{"residual_rank": 8}'], {"residual_rank": 8}),
     "client_weighting": (["uniform"], "uniform"),
+    "client_ranks": (['{"north": 2}'], '{"north": 2}'),  # parsed when asked for
+    "residual_storage": (["adapter"], "adapter"),
+    "residual_rank": (["16"], 16),
+    "residual_tolerance": (["0.01"], 0.01),
     "log_layer_exactness": ([], True),
     "partition_by": (["author"], "author"),
     "dirichlet_alpha": (["0.1"], 0.1),
@@ -122,6 +130,13 @@ def test_all_flags_at_once():
     assert (aggregator.name, aggregator.residual_rank) == ("fedex", 8)
 
 
+def test_client_ranks_as_a_flag_and_as_a_dictionary():
+    given = FederatedTrainingArguments("out", client_ranks={"north": 2})
+    for args in (parse("--client_ranks", '{"north": 2}'), given):
+        assert args.parsed_client_ranks == {"north": 2}
+    assert parse().parsed_client_ranks == {}
+
+
 def test_flags_of_trainer_keep_their_meaning():
     args = parse("--learning_rate", "0.01", "--eval_strategy", "epoch", "--max_steps", "3", "--num_train_epochs", "2")
     assert (args.learning_rate, args.max_steps, args.num_train_epochs) == (0.01, 3, 2.0)
@@ -136,6 +151,7 @@ def test_flags_of_trainer_keep_their_meaning():
         ["--lr_schedule", "cosine"],
         ["--client_errors", "ignore"],
         ["--client_optimizer_state", "drop"],
+        ["--residual_storage", "disk"],
         ["--number_of_rounds", "3"],
     ],
 )
@@ -154,6 +170,9 @@ def test_flags_that_do_not_parse(flags, capsys):
         (["--client_fraction", "1.5"], "`client_fraction=1.5`"),
         (["--aggregator", "fedavg"], "'fedex', 'fedit', 'ffa'"),
         (["--aggregator_kwargs", '{"rank": 8}'], "{'rank': 8}"),
+        (["--residual_rank", "0"], "`residual_rank=0`"),
+        (["--residual_tolerance", "1.0"], "`residual_tolerance=1.0`"),
+        (["--residual_tolerance", "-0.1"], "`residual_tolerance=-0.1`"),
     ],
 )
 def test_flags_that_are_out_of_range(flags, says):
@@ -171,7 +190,7 @@ def test_help_of_each_field(capsys):
         assert f"--{name} " in told
         assert len(text) > 20
         assert " ".join(text.split()) in told, name
-    for choices in ("{raise,skip}", "{num_examples,uniform}", "{reset,keep}", "{round,run}"):
+    for choices in ("{raise,skip}", "{num_examples,uniform}", "{reset,keep}", "{round,run}", "{auto,base,adapter}"):
         assert choices in told
 
 

@@ -24,6 +24,9 @@ def delta(rank=2, out_features=3, in_features=5, dtype=torch.float32, scaling=0.
         ((2, 5), (2, 3)),
         ((2, 5), ()),
         ((1, 2, 5), (3, 2)),
+        ((4, 2, 5), (3, 3, 2)),
+        ((4, 2, 5), (4, 3, 1)),
+        ((1, 4, 2, 5), (1, 4, 3, 2)),
     ],
 )
 def test_factors_must_share_their_rank(A, B):
@@ -40,6 +43,14 @@ def test_shapes():
     assert update.rank == 2
     assert update.to_dense().shape == (3, 5)
     assert LowRankDelta(torch.ones(1, 4), torch.ones(6, 1)).scaling == 1.0
+
+
+def test_shapes_of_experts():
+    A, B = torch.arange(40.0).reshape(4, 2, 5), torch.arange(24.0).reshape(4, 3, 2)
+    update = LowRankDelta(A, B, scaling=0.5)
+    assert (update.rank, update.in_features, update.out_features, update.nbytes) == (2, 5, 3, 4 * 64)
+    for expert, dense in enumerate(update.to_dense()):
+        assert torch.equal(dense, LowRankDelta(A[expert], B[expert], scaling=0.5).to_dense())
 
 
 def test_to_dense_is_scaling_b_a():

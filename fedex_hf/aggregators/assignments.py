@@ -41,7 +41,7 @@ def reinitialise(update: GlobalUpdate, seed: int, round: int) -> GlobalUpdate:
     for layer, mean in update.adapters.items():
         residual = [update.residuals[layer]] if layer in update.residuals else []
         whole = concatenate([*residual, _in_float32(mean)])
-        residuals[layer] = compress(whole) if whole.rank > min(whole.B.shape[0], whole.A.shape[1]) else whole
+        residuals[layer] = compress(whole) if whole.rank > min(whole.out_features, whole.in_features) else whole
         adapters[layer] = LowRankDelta(
             fresh_factor(mean.A, f"{seed}/{round}/{layer}"), torch.zeros_like(mean.B), mean.scaling
         )
@@ -56,7 +56,7 @@ def fresh_factor(A: torch.Tensor, key: str) -> torch.Tensor:
         key: Decides the draw.
     """
     seed = int.from_bytes(hashlib.sha256(f"fedex_hf/{key}".encode()).digest()[:7], "little")
-    bound = A.shape[1] ** -0.5
+    bound = A.shape[-1] ** -0.5
     fresh = torch.empty(A.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
     return fresh.to(A.dtype)
 

@@ -8,6 +8,8 @@ from typing import ClassVar
 
 import torch
 
+from fedex_hf.aggregators.ranks import WIDE, at_global_rank
+from fedex_hf.low_rank import concatenate
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
 
 
@@ -39,6 +41,15 @@ class Aggregator(ABC):
         return False
 
     @property
+    def mixes_ranks(self) -> bool:
+        """Whether clients may have other ranks than the global one (`FederatedTrainingArguments.client_ranks`).
+
+        `aggregate_layer` then gets all factors at the global rank, in float64 where any client's differ; what does
+        not fit is added to its residual. Such a method needs `changes_base`.
+        """
+        return False
+
+    @property
     def returned_factors(self) -> tuple[str, ...]:
         """The LoRA factors that the server sends back: those that clients send, unless a method says otherwise."""
         return self.trained_factors
@@ -60,6 +71,14 @@ class Aggregator(ABC):
             The new global factors in the dtype of `factors`, and the residual to add to the base weight (or `None`).
         """
 
+    def shorten(self, residual: LowRankDelta) -> LowRankDelta:
+        """Decide how much of a layer's residual is sent, once all of it is there. Default: all, as it is.
+
+        Args:
+            residual: What `aggregate_layer` returned, and what does not fit into the global rank.
+        """
+        return residual
+
     def assign(
         self, update: GlobalUpdate, updates: Sequence[ClientUpdate], client_weights: torch.Tensor
     ) -> GlobalUpdate:
@@ -72,37 +91,74 @@ class Aggregator(ABC):
         """
         return update
 
-    def aggregate(self, updates: Sequence[ClientUpdate], client_weights: Sequence[float]) -> GlobalUpdate:
+    def aggregate(
+        self,
+        updates: Sequence[ClientUpdate],
+        client_weights: Sequence[float],
+        start: GlobalUpdate | None = None,
+    ) -> GlobalUpdate:
         """Aggregate a round: every adapted layer by `aggregate_layer`, every other tensor by the weighted mean.
 
         `assign` then has the last word.
 
         Args:
-            updates: At least one client's update; all name the same layers and tensors with the same shapes.
+            updates: At least one client's update; all name the same layers and tensors with the same shapes, but for
+                the ranks if `start` is given.
             client_weights: One positive number per update, in the same order; they are normalised to sum 1.
+            start: What the clients started from. It says the global rank of every layer, so that clients may have
+                others; only for a method that `mixes_ranks`.
 
         Raises:
             ValueError: If the updates do not fit together, a weight is not positive and finite, or a method returns a
                 residual without `changes_base`.
         """
         weights = normalise(client_weights, len(updates))
+        surplus: Mapping[str, LowRankDelta] = {}
+        given = updates
+        if start is None or not self.mixes_ranks:
+            self._refuse_ranks(updates, start)
+            start = None
+        else:
+            updates, surplus = at_global_rank(updates, weights, start.adapters)
         _check_same_layout(updates)
         adapters: dict[str, LowRankDelta] = {}
         residuals: dict[str, LowRankDelta] = {}
         for layer in updates[0].adapters:
-            adapters[layer], residual = self.aggregate_layer([update.adapters[layer] for update in updates], weights)
-            if residual is not None and not self.changes_base:
+            mean, residual = self.aggregate_layer([update.adapters[layer] for update in updates], weights)
+            parts = [] if residual is None else [residual]
+            if start is not None:
+                mean, lost = _rounded(mean, start.adapters[layer])
+                parts += [each for each in (lost, surplus.get(layer)) if each is not None]
+            adapters[layer] = mean
+            if not parts:
+                continue
+            if not self.changes_base:
                 raise ValueError(
                     f"`{type(self).__name__}.aggregate_layer` returned a residual for `{layer}`, but the class does "
                     "not say `changes_base = True`, so the base weights were not checked to be able to hold it."
                 )
-            if residual is not None:
-                residuals[layer] = residual
+            residuals[layer] = self.shorten(parts[0] if len(parts) == 1 else concatenate(parts))
         tensors = {
             name: weighted_mean([update.tensors[name] for update in updates], weights).to(tensor.dtype)
             for name, tensor in updates[0].tensors.items()
         }
-        return self.assign(GlobalUpdate(adapters=adapters, tensors=tensors, residuals=residuals), updates, weights)
+        return self.assign(GlobalUpdate(adapters=adapters, tensors=tensors, residuals=residuals), given, weights)
+
+    def _refuse_ranks(self, updates: Sequence[ClientUpdate], start: GlobalUpdate | None) -> None:
+        for update in updates:
+            if update.offsets and not self.keeps_client_adapters:
+                raise ValueError(
+                    f"Client `{update.client_id}` trained on a base with an offset, which would be left out. Clients "
+                    "of other ranks than the global one need a method that `mixes_ranks`, such as `fedex`, and what "
+                    "all started from: `aggregate(updates, client_weights, start=state)`."
+                )
+            for layer, like in () if start is None else start.adapters.items():
+                if layer in update.adapters and update.adapters[layer].rank != like.rank:
+                    raise ValueError(
+                        f"Client `{update.client_id}` has rank {update.adapters[layer].rank} in `{layer}`, and the "
+                        f"global rank is {like.rank}. `{type(self).__name__}` does not say `mixes_ranks`: train all "
+                        "with one rank, or use `fedex`."
+                    )
 
 
 def normalise(client_weights: Sequence[float], num_updates: int) -> torch.Tensor:
@@ -138,11 +194,40 @@ def weighted_mean(tensors: Sequence[torch.Tensor], weights: torch.Tensor) -> tor
 
 
 def mean_factors(factors: Sequence[LowRankDelta], weights: torch.Tensor) -> LowRankDelta:
-    """The averaged factors `Ā = sum w_i A_i` and `B̄ = sum w_i B_i`, rounded once to the dtype of the inputs."""
+    """The averaged factors `Ā = sum w_i A_i` and `B̄ = sum w_i B_i`, rounded once to the dtype of the inputs.
+
+    Where ranks differ, the rows and columns that a client lacks count as zeros (HetLoRA, arXiv 2401.06432), and
+    differing scalings are brought to the first one's in `B`.
+    """
     first = factors[0]
+    if any(delta.rank != first.rank or delta.scaling != first.scaling for delta in factors):
+        rank = max(delta.rank for delta in factors)
+        factors = [_padded(delta, rank, first.scaling) for delta in factors]
     A = weighted_mean([delta.A for delta in factors], weights).to(first.A.dtype)
     B = weighted_mean([delta.B for delta in factors], weights).to(first.B.dtype)
     return LowRankDelta(A, B, first.scaling)
+
+
+def lost_by_rounding(mean: LowRankDelta, rounded: LowRankDelta) -> LowRankDelta:
+    """`s (B̄ Ā - B̄' Ā')` for factors before rounding and after (primes), as factors of rank 2 r, float32."""
+    left = torch.cat([mean.B - rounded.B.double(), mean.B], dim=-1)
+    right = torch.cat([rounded.A.double(), mean.A - rounded.A.double()], dim=-2)
+    return LowRankDelta(right.float(), left.float(), rounded.scaling)
+
+
+def _rounded(mean: LowRankDelta, like: LowRankDelta) -> tuple[LowRankDelta, LowRankDelta | None]:
+    """Factors in the dtype that clients train, and what that takes away where it is worth its rank."""
+    if (mean.A.dtype, mean.B.dtype) == (like.A.dtype, like.B.dtype):
+        return mean, None
+    rounded = LowRankDelta(mean.A.to(like.A.dtype), mean.B.to(like.B.dtype), mean.scaling)
+    return rounded, None if like.A.dtype in WIDE else lost_by_rounding(mean, rounded)
+
+
+def _padded(delta: LowRankDelta, rank: int, scaling: float) -> LowRankDelta:
+    missing = rank - delta.rank
+    A = torch.nn.functional.pad(delta.A.double(), (0, 0, 0, missing))
+    B = torch.nn.functional.pad(delta.B.double(), (0, missing)) * (delta.scaling / scaling)
+    return LowRankDelta(A, B, scaling)
 
 
 def _check_same_layout(updates: Sequence[ClientUpdate]) -> None:
@@ -154,7 +239,8 @@ def _check_same_layout(updates: Sequence[ClientUpdate]) -> None:
             raise ValueError(
                 f"The updates of clients `{updates[0].client_id}` and `{update.client_id}` do not fit together: "
                 f"`{name}` is {first.get(name, 'missing')} in the one and {layout.get(name, 'missing')} in the other. "
-                "All clients must train the same layers in the same dtype with the same rank and `lora_alpha`."
+                "All clients must train the same layers in the same dtype with the same rank and `lora_alpha`; ranks "
+                "may differ where `aggregate` is told what the clients started from (`start`)."
             )
 
 

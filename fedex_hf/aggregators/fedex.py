@@ -21,7 +21,8 @@ from collections.abc import Sequence
 import torch
 
 from fedex_hf.aggregators.assignments import ASSIGNMENTS, keep, reinitialise
-from fedex_hf.aggregators.base import Aggregator, mean_factors, weighted_mean
+from fedex_hf.aggregators.base import Aggregator, lost_by_rounding, mean_factors, weighted_mean
+from fedex_hf.aggregators.ranks import WIDE
 from fedex_hf.low_rank import compress, concatenate
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
 
@@ -75,6 +76,11 @@ class FedExAggregator(Aggregator):
         return self.assignment == "keep"
 
     @property
+    def mixes_ranks(self) -> bool:
+        """But with `"keep"`: clients that go on from factors of their own would need an offset for each rank."""
+        return self.assignment != "keep"
+
+    @property
     def returned_factors(self) -> tuple[str, ...]:
         """None with `"reinitialise"`: clients draw `A` themselves, from what they know, and `B` is zero."""
         return () if self.assignment == "reinitialise" else self.trained_factors
@@ -95,13 +101,16 @@ class FedExAggregator(Aggregator):
         if len(factors) == 1:
             return mean, None
         residual = exact_residual(factors, client_weights)
-        if mean.A.dtype not in (torch.float32, torch.float64):
-            residual = concatenate([residual, _lost_by_rounding(factors, client_weights, mean)])
-        if self.residual_rank is not None:
-            residual = compress(residual, self.residual_rank)
-        elif residual.rank > min(residual.B.shape[0], residual.A.shape[1]):
-            residual = compress(residual)  # many clients: no update needs more factors than its smaller side
+        if mean.A.dtype not in WIDE:
+            residual = concatenate([residual, lost_by_rounding(_unrounded(factors, client_weights), mean)])
         return mean, residual
+
+    def shorten(self, residual: LowRankDelta) -> LowRankDelta:
+        if self.residual_rank is not None:
+            return compress(residual, self.residual_rank)
+        if residual.rank > min(residual.out_features, residual.in_features):
+            return compress(residual)  # many clients: no update needs more factors than its smaller side
+        return residual
 
 
 def _check_assignment(assignment: str, residual_rank: int | None, seed: int) -> None:
@@ -133,29 +142,23 @@ def exact_residual(factors: Sequence[LowRankDelta], client_weights: torch.Tensor
     contrasts = _contrasts(client_weights)
     A = _centred([delta.A for delta in factors], client_weights)
     B = _centred([delta.B for delta in factors], client_weights)
-    A = torch.einsum("ij,irn->jrn", contrasts, A).flatten(0, 1)
-    B = torch.einsum("ij,imr->mjr", contrasts, B).flatten(1, 2)
+    # The k - 1 contrasts of the clients become further rows of A and columns of B; experts stay in front.
+    A = torch.einsum("ij,i...rn->...jrn", contrasts, A).flatten(-3, -2)
+    B = torch.einsum("ij,i...mr->...mjr", contrasts, B).flatten(-2, -1)
     return LowRankDelta(A.float(), B.float(), factors[0].scaling)
 
 
-def _lost_by_rounding(
-    factors: Sequence[LowRankDelta], client_weights: torch.Tensor, mean: LowRankDelta
-) -> LowRankDelta:
-    """`s (B̄ Ā - B̄' Ā')` for means rounded to bfloat16 or float16 (primes), as factors of rank 2 r, float32.
-
-    With float32 factors this is below the rounding of a float32 base weight and not worth its rank.
-    """
+def _unrounded(factors: Sequence[LowRankDelta], client_weights: torch.Tensor) -> LowRankDelta:
+    """`Ā` and `B̄` in float64."""
     A = weighted_mean([delta.A for delta in factors], client_weights)
     B = weighted_mean([delta.B for delta in factors], client_weights)
-    left = torch.cat([B - mean.B.double(), B], dim=1)
-    right = torch.cat([mean.A.double(), A - mean.A.double()])
-    return LowRankDelta(right.float(), left.float(), mean.scaling)
+    return LowRankDelta(A, B, factors[0].scaling)
 
 
 def _centred(tensors: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """`sqrt(w_i) (X_i - X̄)` stacked to shape `(k, rows, columns)`, float64."""
+    """`sqrt(w_i) (X_i - X̄)` stacked to shape `(k, ..., rows, columns)`, float64."""
     stacked = torch.stack([tensor.double() for tensor in tensors]) - weighted_mean(tensors, weights)
-    return stacked * weights.sqrt()[:, None, None]
+    return stacked * weights.sqrt().view(-1, *[1] * tensors[0].ndim)
 
 
 def _contrasts(weights: torch.Tensor) -> torch.Tensor:

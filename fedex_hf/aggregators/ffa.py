@@ -27,8 +27,17 @@ class FFALoRAAggregator(Aggregator):
         """Freeze every `lora_A`.
 
         Raises:
-            ValueError: If the model has no `lora_A` parameter: freezing nothing would silently train plain LoRA.
+            ValueError: If the model has no `lora_A` parameter, where freezing nothing would silently train plain LoRA;
+                or if an embedding is adapted, whose `A` starts at zero, so that `B` alone would train nothing.
         """
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        embeddings = [name.partition(".lora_embedding_A")[0] for name, _ in named if ".lora_embedding_A." in name]
+        if embeddings:
+            raise ValueError(
+                f"`{embeddings[0]}` is an embedding, whose LoRA starts with `A = 0` in PEFT: with `A` frozen, "
+                "FFA-LoRA would train nothing there. Leave it out with `exclude_modules` of your `LoraConfig`, train "
+                "its tokens with `trainable_token_indices`, or use the aggregator `fedex`."
+            )
         frozen = [parameter for name, parameter in model.named_parameters() if ".lora_A." in name]
         if not frozen:
             raise ValueError(
