@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import warnings
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import torch
 import transformers
 import yaml
-from transformers import HfArgumentParser
+from transformers import BitsAndBytesConfig, HfArgumentParser
 
 from fedex_hf.comparison.methods import CENTRALIZED, Method
 from fedex_hf.training_args import FederatedTrainingArguments
@@ -87,10 +89,14 @@ class ModelArguments:
     dtype: str = field(
         default="float32",
         metadata={
-            "help": "dtype of the base. FedEx-LoRA folds its residual into the base and needs float32.",
+            "help": "dtype of the base. A base in 16 bits stays as it is; residuals ride beside it in float32.",
             "choices": ["float32", "bfloat16", "float16"],
         },
     )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Load the base in 4 bits (nf4, bitsandbytes); it computes in --dtype."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the base in 8 bits (int8, bitsandbytes)."})
     lora_r: int = field(default=8, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha; updates are scaled by alpha / rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
@@ -103,6 +109,26 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.lora_r < 1:
             raise ValueError(f"`lora_r={self.lora_r}` is not allowed. Allowed: at least 1.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("`load_in_4bit` and `load_in_8bit` are both set. A base has one of them.")
+        if (self.load_in_4bit or self.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "`load_in_4bit` and `load_in_8bit` need bitsandbytes: `pip install 'fedex-hf[quantization]'`."
+            )
+
+    def loading_kwargs(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` that decide how the base is stored."""
+        dtype = getattr(torch, self.dtype)
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return {"dtype": dtype}
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=self.load_in_4bit,
+            load_in_8bit=self.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=self.load_in_4bit,
+        )
+        return {"dtype": dtype, "quantization_config": quantization}
 
     def lora_kwargs(self) -> dict[str, Any]:
         """Arguments of `LoraConfig`."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import transformers
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, TaskType
@@ -197,7 +196,7 @@ def load_classifier(
         model = AutoModelForSequenceClassification.from_pretrained(
             str(args.model_name_or_path),
             revision=args.model_revision,
-            dtype=getattr(torch, args.dtype),
+            **args.loading_kwargs(),
             ignore_mismatched_sizes=True,  # of the head of a model that was trained for other classes
             **labels,
         )

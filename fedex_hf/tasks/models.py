@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -73,7 +72,6 @@ def context_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | Non
 def load_causal_lm(args: ModelArguments, seed: int) -> PreTrainedModel:
     """The pretrained language model; it has no new parts, the seed decides what follows."""
     set_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(args.model_name_or_path), revision=args.model_revision, dtype=getattr(torch, args.dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        str(args.model_name_or_path), revision=args.model_revision, **args.loading_kwargs()
     )
-    return model
