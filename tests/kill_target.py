@@ -7,6 +7,7 @@ operations on the checkpoints), and the script ends it with `ended 0` (exit stat
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -148,6 +149,8 @@ def main() -> None:
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         tiny.federation(folder)  # brings in what is imported late
+    gc.collect()
+    gc.freeze()  # what has been imported is neither looked through by every job's collections nor copied for them
     print("ready", flush=True)
     for line in sys.stdin:
         pid = os.fork()

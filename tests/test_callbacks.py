@@ -10,8 +10,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from fedex_hf import ClientUpdate, FederatedCallback, FederatedTrainer, FederatedTrainingArguments, GlobalUpdate
 
 
-pytestmark = pytest.mark.usefixtures("no_full_collections")
-
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 FEDERATED = ["on_round_begin", "on_client_end", "on_aggregate", "on_round_end"]
 SETTINGS = {

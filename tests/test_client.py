@@ -27,8 +27,6 @@ from fedex_hf import FederatedCallback, FederatedTrainer, FederatedTrainingArgum
 from fedex_hf.client import client_seed
 
 
-pytestmark = pytest.mark.usefixtures("no_full_collections")
-
 BATCH = tiny.PLAIN["per_device_train_batch_size"]
 
 

@@ -29,8 +29,6 @@ from trl import SFTConfig, SFTTrainer
 from fedex_hf import FederatedTrainer, FederatedTrainingArguments
 
 
-pytestmark = pytest.mark.usefixtures("no_full_collections")
-
 # What `SFTConfig` would set otherwise: half precision and recomputation, which a CPU need not have.
 SFT = tiny.PLAIN | {"bf16": False, "gradient_checkpointing": False}
 MAX_LENGTH = 8

@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fedex_hf import FederatedCallback, FederatedTrainer
 
 
-pytestmark = pytest.mark.usefixtures("no_full_collections")
 TOLERANCE = 1e-5  # of the update; float32 rounds at 6e-8 of the weight
 FORMATS = ("full", "lora", "merged")
 

@@ -37,8 +37,6 @@ from fedex_hf import (
 )
 
 
-pytestmark = pytest.mark.usefixtures("no_full_collections")
-
 SIZES = (12, 7, 9)  # three, two and three steps of four examples
 STEPS = 8
 HEAD = "base_model.model.classifier.modules_to_save.default.out_proj.weight"
