@@ -12,6 +12,7 @@ import functools
 import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification
 
-from fedex_hf import AGGREGATORS
+from fedex_hf import AGGREGATORS, cli
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,12 +168,14 @@ RUNNERS: dict[str, Callable[[Program, Block], None]] = {
 
 
 def run_command_line(program: Program, words: list[str], place: str) -> None:
-    """`fedex-hf` is run for real, in the page's folder."""
-    command = [sys.executable, "-m", "fedex_hf.cli", *words[1:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
-    done = subprocess.run(command, cwd=program.folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{place}: {done.stdout}{done.stderr}"
-    program.printed = done.stdout
+    """`fedex-hf` is run for real, in the page's folder; in a process of its own it would import torch again."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(program.folder)
+        patch.setenv("COLUMNS", "120")
+        code = cli.main(words[1:])
+    assert code == 0, f"{place}: {out.getvalue()}{err.getvalue()}"
+    program.printed = out.getvalue()
 
 
 def check_make(words: list[str], place: str) -> None:
@@ -240,9 +243,15 @@ def setup_arguments() -> dict:
 
 @functools.cache
 def help_of(script: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, script, "--help"]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    """What a script prints for `--help`: run as `__main__`, without importing torch again in a process of its own."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.syspath_prepend(str((ROOT / script).parent))
+        patch.setattr(sys, "argv", [script, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert not ended.value.code, f"{script}: {out.getvalue()}"
+    return out.getvalue()
 
 
 # ---- What pages need ----
