@@ -20,6 +20,7 @@ from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 
 from hub_store import Files, Store
+from programs import untraced
 
 
 TESTS = Path(__file__).resolve().parent
@@ -43,8 +44,9 @@ class Hub:
         """Starts the server again on the same port and folder, after `kill`."""
         tokens = [part for name, token in self.tokens.items() for part in ("--token", f"{name}={token}")]
         command = [sys.executable, str(TESTS / "hub_server.py"), "--root", str(self.store.root), "--stop-with-stdin"]
+        command += ["--port", str(self.port), *tokens]
         self.process = subprocess.Popen(
-            [*command, "--port", str(self.port), *tokens], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, env=untraced(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
         self.endpoint = self.process.stdout.readline().strip()

@@ -26,6 +26,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 import forks
 import pytest
 from hub import TESTS, Hub
+from programs import untraced
 
 
 USERS = {"user": "hf_test", "silo": "hf_ThisMustNotBeSeenAnywhere"}
@@ -44,7 +45,7 @@ class Lab:
         self.hub = Hub(root / "hub", USERS)
         environment = self.hub.environment(forks.HOME) | {"TOKENIZERS_PARALLELISM": "false"}
         self.targets = forks.Forks(TESTS / "hub_target.py", environment, root / "targets")
-        self.loaders = forks.Forks(TESTS / "hub_loader.py", environment, root / "loaders")
+        self.loaders = forks.Forks(TESTS / "hub_loader.py", untraced(environment), root / "loaders")
         self._bases: dict[str, str] = {}
         self._names: set[str] = set()
 

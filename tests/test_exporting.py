@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
+import forks
+import programs
 import pytest
 import tiny
 import torch
@@ -44,16 +45,20 @@ def hub(tmp_path_factory) -> Iterator[Hub]:
         yield hub
 
 
-def command_line(*args: str | Path, hub: Hub | None = None, home: Path | None = None) -> subprocess.CompletedProcess:
-    """Run `fedex-hf`: with a Hub in a process that knows it, without one right here."""
+@pytest.fixture(scope="module")
+def at_hub(hub, tmp_path_factory) -> Iterator[Callable[..., CompletedProcess[str]]]:
+    """Runs `fedex-hf` in a process that knows the Hub."""
+    with programs.command_line(hub.environment(forks.HOME), tmp_path_factory.mktemp("processes")) as run:
+        yield run
+
+
+def command_line(*args: str | Path) -> CompletedProcess[str]:
+    """Run `fedex-hf` right here."""
     words = [str(arg) for arg in args]
-    if hub is not None and home is not None:
-        command = [sys.executable, "-m", "fedex_hf.cli", *words]
-        return subprocess.run(command, env=hub.environment(home), capture_output=True, text=True, check=False)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(words)
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+    return CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
@@ -112,11 +117,10 @@ def test_what_is_no_round_is_refused(tmp_path):
 # ---- push ----
 
 
-def test_a_saved_model_is_published_with_its_tag(run, hub, tmp_path):
+def test_a_saved_model_is_published_with_its_tag(run, hub, at_hub, tmp_path):
     trainer, _ = run
     trainer.save_model(str(tmp_path / "model"))
-    home = tmp_path / "home"
-    done = command_line("push", tmp_path / "model", "--repo", "user/saved", "--tag", "v1", hub=hub, home=home)
+    done = at_hub("push", tmp_path / "model", "--repo", "user/saved", "--tag", "v1", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert set(hub.refs("user/saved")["tags"]) == {"v1"}
     assert len(hub.commits("user/saved")) == 2  # with the one that made the repository
@@ -133,7 +137,7 @@ for cls in (here.AutoModelForSequenceClassification, here.AutoPeftModelForSequen
     run_python(code, hub.environment(tmp_path / "reader", token=None), str(tmp_path / "expected.pt"))
 
 
-def test_rounds_that_wait_are_published_later(hub, tmp_path):
+def test_rounds_that_wait_are_published_later(hub, at_hub, tmp_path):
     settings = {
         "output_dir": str(tmp_path / "out"),
         "arguments": {"push_to_hub": True, "hub_model_id": "user/waited", "hub_retries": 0},
@@ -142,24 +146,23 @@ def test_rounds_that_wait_are_published_later(hub, tmp_path):
     environment = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "1"}
     run_python(TARGET, environment, str(tmp_path / "settings.json"))
     assert sorted(path.name for path in (tmp_path / "out/.hub").glob("round-*")) == ["round-1", "round-2"]
-    done = command_line("push", tmp_path / "out", hub=hub, home=tmp_path / "home")
+    done = at_hub("push", tmp_path / "out", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [commit["title"] for commit in hub.commits("user/waited")][:2] == ["Round 2", "Round 1"]
     assert set(hub.refs("user/waited")["tags"]) == {"round-1", "round-2"}
     assert not (tmp_path / "out/.hub").exists()
-    again = command_line("push", tmp_path / "out", hub=hub, home=tmp_path / "home")
+    again = at_hub("push", tmp_path / "out", folder=tmp_path)
     assert again.returncode == 1
     assert "No rounds wait" in again.stderr
 
 
-def test_push_refuses_what_it_cannot_do(hub, tmp_path):
-    home = tmp_path / "home"
+def test_push_refuses_what_it_cannot_do(at_hub, tmp_path):
     for args, message in {
         (str(tmp_path / "nowhere"),): "is no folder",
         (str(tmp_path), "--repo", "user/empty"): "no `.safetensors` file",
         (str(tmp_path),): "name a repository with `--repo`",
     }.items():
-        done = command_line("push", *args, hub=hub, home=home)
+        done = at_hub("push", *args, folder=tmp_path)
         assert (done.returncode, message in done.stderr) == (1, True), done.stderr
 
 

@@ -40,6 +40,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import get_session
+from programs import untraced
 
 
 try:
@@ -81,7 +82,8 @@ def hub(shared: Hub) -> Iterator[Hub]:
 
 
 def run_client(client: Callable[..., None], hub: Hub, home: Path, *args: str, token: str | None = "hf_test") -> str:
-    return run_python(Path(__file__), hub.environment(home, token), client.__name__, *args, timeout=60).stdout
+    environment = untraced(hub.environment(home, token))
+    return run_python(Path(__file__), environment, client.__name__, *args, timeout=60).stdout
 
 
 def refused(error: type[Exception], call: Callable[[], Any], *, status: int | None = None, says: str = "") -> None:
@@ -486,7 +488,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(hub: Hub, tmp_path: Path) ->
     repo, rounds = "user/kill", 16
     hub.store.create(repo, "models", False, "user")
     command = [sys.executable, __file__, client_stubborn.__name__, repo, str(rounds)]
-    client = subprocess.Popen(command, env=hub.environment(tmp_path / "home"), stderr=subprocess.DEVNULL)
+    client = subprocess.Popen(command, env=untraced(hub.environment(tmp_path / "home")), stderr=subprocess.DEVNULL)
     kills, seen = 0, 0
     while client.poll() is None:
         time.sleep(0.04 + 0.03 * (kills % 5))

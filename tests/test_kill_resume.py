@@ -19,6 +19,7 @@ from typing import Any
 import kill_target
 import pytest
 import torch
+from programs import untraced
 
 from fedex_hf import checkpoint
 
@@ -143,7 +144,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[subprocess.Popen]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    environment = untraced() | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, kill_target.__file__],
         stdin=subprocess.PIPE,

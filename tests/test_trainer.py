@@ -15,6 +15,7 @@ import tiny
 import torch
 from datasets import DatasetDict
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
+from programs import untraced
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from transformers import (
@@ -865,8 +866,8 @@ def test_a_saved_model_loads_in_a_fresh_process_without_this_package(tmp_path):
     """
     inputs, result = tmp_path / "inputs.pt", tmp_path / "logits.pt"
     torch.save(torch.tensor(tiny.classification_data(6, seed=5)["input_ids"][:]), inputs)
-    command = [sys.executable, "-c", textwrap.dedent(script), tmp_path / "saved", inputs, result]
-    done = subprocess.run([str(each) for each in command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "saved"), str(inputs), str(result)]
+    done = subprocess.run(command, cwd=tmp_path, env=untraced(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     expected = logits_of(trainer.model)
     assert [torch.equal(logits, expected) for logits in torch.load(result)] == [True, True]
