@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 
 
 # Read at import by huggingface_hub and torch, so set before any of them is imported.
@@ -24,7 +25,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _no_full_collections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Trainer.train()` begins with one, 0.2 s over torch's own objects; the automatic ones stay."""
-    monkeypatch.setattr(gc, "collect", lambda *args: 0)
+@pytest.fixture(autouse=True, scope="session")
+def _no_full_collections() -> Iterator[None]:
+    """`Trainer.train()` begins with one, 0.2 s over torch's own objects; the automatic ones stay.
+
+    For the whole session, since fixtures of modules train too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "collect", lambda *args: 0)
+        yield
