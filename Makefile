@@ -49,10 +49,12 @@ quality: install  ## Check format, lint and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-benchmarks: install  ## Measure overhead and memory of federated fits, and aggregation of adapters, beside alternatives.
+benchmarks: install  ## Measure overhead, memory, aggregation of adapters, exactness and residual storage, beside alternatives.
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 	$(BIN)/python benchmarks/memory.py $(ARGS)
 	$(BIN)/python benchmarks/aggregate.py $(ARGS)
+	$(BIN)/python benchmarks/exactness.py $(ARGS)
+	$(BIN)/python benchmarks/storage.py $(ARGS)
 
 clean:  ## Remove the virtual environments.
 	rm -rf .venv .venv-oldest
