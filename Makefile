@@ -30,7 +30,7 @@ test: install  ## Run the tests, a process per core; ARGS='-k name' narrows them
 	$(PYTEST) $(ARGS)
 
 test-slow: install  ## Run the tests that take minutes.
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) --dist loadgroup -m slow $(ARGS)
 
 test-newest: test  ## Run the tests with the newest versions that setup.py admits: what `make test` does.
 

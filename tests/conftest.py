@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 
@@ -18,6 +19,26 @@ from transformers.utils import logging
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+
+
+# Files whose few tests take long: processes that share the files out begin with these, so that none is left alone.
+LONG = (
+    "test_kill_resume",
+    "test_quickstart",
+    "test_deviation",
+    "test_comparison",
+    "test_exporting",
+    "test_recipes_glue",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    files = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in LONG, -files[item.path]))  # stable: files stay whole
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from fedex_hf import checkpoint
 
 
+pytestmark = pytest.mark.xdist_group("lab")  # where tests and not files are shared out: one process starts it
 KEPT = {"save_strategy": "epoch"}
 LAYER = "base_model.model.roberta.encoder.layer.0.attention.self.query"
 

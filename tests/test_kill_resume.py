@@ -229,6 +229,7 @@ def test_killed_at_four_telling_moments(server, uninterrupted, tmp_path):
         pytest.param("sampled", 3, 8, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.xdist_group("killed at random moments")
 def test_killed_at_random_moments(server, uninterrupted, tmp_path, variant, seed, kills):
     expected, seconds = uninterrupted(variant)
     rng = random.Random(seed)

@@ -20,6 +20,7 @@ import pytest
 from hub_lab import STATE, USERS, Lab, fresh_lab, state_of, wait_until, waiting
 
 
+pytestmark = pytest.mark.xdist_group("lab")  # where tests and not files are shared out: one process starts it
 SECRET = USERS["silo"]
 PATHS = ("auto", "auto-peft", "peft", "pipeline")
 
