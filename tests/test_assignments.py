@@ -103,6 +103,7 @@ def ends_of(trainer: StartsTrainer, client_id: str, before_round: int) -> dict[s
 # ---- Exact, whatever the assignment ----
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("fraction", [1.0, 0.6], ids=["all", "some"])
 @pytest.mark.parametrize("assignment", ASSIGNMENTS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -445,6 +446,7 @@ def own_factors(trainer: FederatedTrainer) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("assignment", ASSIGNMENTS)
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, assignment):
     kwargs = SOME | {"aggregator_kwargs": {"assignment": assignment}, "client_optimizer_state": "keep"}

@@ -278,6 +278,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_in_a_fresh_trainer_equals_uninterrupted(tmp_path, uninterrupted, name):
     kwargs = RESUMED[name]
@@ -293,6 +294,7 @@ def test_resumed_in_a_fresh_trainer_equals_uninterrupted(tmp_path, uninterrupted
     assert output.global_step == trainer.state.global_step == trainer.state.max_steps
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", ["keep", "ffa, one log a round"])
 def test_resumed_in_the_same_trainer_equals_uninterrupted(tmp_path, uninterrupted, name):
     trainer = interrupted(tmp_path, 3, **RESUMED[name])
@@ -430,6 +432,7 @@ def test_save_strategies(tmp_path, strategy, expected):
     assert kept(tmp_path) == names(*expected)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("best", [1, 2, 3])
 def test_the_best_round_is_kept_and_loaded_with_its_base_after_a_resume(tmp_path, uninterrupted, best):
     interrupted(tmp_path, 3, best_round=best, **BEST)
@@ -442,6 +445,7 @@ def test_the_best_round_is_kept_and_loaded_with_its_base_after_a_resume(tmp_path
     assert trainer.evaluate()["eval_loss"] == losses[best - 1]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("moved_after_round", [2, 3])
 def test_the_best_round_is_found_in_a_folder_that_was_moved(tmp_path, uninterrupted, moved_after_round):
     if moved_after_round == 3:

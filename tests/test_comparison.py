@@ -138,6 +138,7 @@ def test_a_finished_comparison_trains_nothing_again_and_more_methods_and_seeds_c
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
+@pytest.mark.no_cover
 def test_a_stopped_run_goes_on_and_ends_with_the_same_numbers(lab, tmp_path, monkeypatch):
     flags = {"aggregators": "fedex centralized", "num_rounds": 3}
     glue.main(glue_flags(lab, output_dir=tmp_path / "whole", **flags))

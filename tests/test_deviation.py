@@ -59,6 +59,7 @@ def test_the_rows_hold_what_the_factors_give(lab, monkeypatch):
     assert {row["depth"] for row in rows} == {"0", "1"}
 
 
+@pytest.mark.no_cover
 def test_local_epochs_are_compared_and_runs_that_are_there_are_read_again(lab):
     deviation.main(glue_flags(lab, aggregators=None, local_epochs="1 2"))
     assert {each.run.method for each in read_results(lab / "out" / "results.json")} == {"fedit"}

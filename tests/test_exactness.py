@@ -21,6 +21,7 @@ from fedex_hf import FederatedCallback, FederatedTrainer, FedExAggregator, FedIT
 from fedex_hf.low_rank import concatenate
 
 
+pytestmark = pytest.mark.no_cover
 TOLERANCE = 1e-5
 ROUNDS = 5
 

@@ -293,6 +293,7 @@ def loaded(folder: Path, kind: Kind, base: Path, **kwargs: Any) -> dict[str, tor
 # ---- Effective weights ----
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", KINDS)
 def test_every_format_holds_the_mean_of_the_clients_models(run_of, tmp_path, name):
     run = run_of(name)
@@ -347,6 +348,7 @@ def test_every_format_holds_the_mean_of_all_else_that_is_trained(run_of, tmp_pat
 # ---- Logits ----
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "gpt2-dense-ledger"])
 def test_every_path_loads_the_same_model(run_of, tmp_path, name):
     run = run_of(name)

@@ -42,6 +42,7 @@ def refusal(root: Path, **flags) -> str:
     return str(error.value)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("task", sorted(GLUE_TASKS))
 def test_every_task_runs_through_training_evaluation_and_results(tmp_path, task):
     glue_folder(tmp_path / "glue", [task])
@@ -55,6 +56,7 @@ def test_every_task_runs_through_training_evaluation_and_results(tmp_path, task)
     assert task in (tmp_path / "out" / "results.md").read_text()
 
 
+@pytest.mark.no_cover
 def test_the_words_are_learned(tmp_path):
     """Enough steps tell good words from bad ones on rows that were never seen: the test measures the model."""
     glue_folder(tmp_path / "glue", ["sst2"], train=240, test=40)
