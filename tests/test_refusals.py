@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, IterableDatasetDict, Valu
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
 from fedex_hf import (
     CheckpointMismatchError,
@@ -33,6 +34,13 @@ def steps() -> Iterator[list[str]]:
     handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: taken.append(type(optimizer).__name__))
     yield taken
     handle.remove()
+
+
+@pytest.fixture(autouse=True)
+def _no_deepspeed() -> Iterator[None]:
+    """Its configuration is global for as long as arguments that had one are alive: until some collection comes."""
+    yield
+    unset_hf_deepspeed_config()
 
 
 def train(output_dir: Path, *, trainer_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
