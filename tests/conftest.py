@@ -2,8 +2,9 @@
 
 import gc
 import os
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 
 # Read at import by huggingface_hub and torch, so set before any of them is imported.
@@ -39,6 +40,18 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     files = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.stem not in LONG, -files[item.path]))  # stable: files stay whole
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Where pytest-xdist starts the process, coverage has started twice: pytest-cov 7.1 pauses one for `no_cover`."""
+    tracer = sys.gettrace()
+    if item.get_closest_marker("no_cover"):
+        sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)
 
 
 @pytest.fixture(autouse=True)
