@@ -51,12 +51,18 @@ def base_digest(adapted: AdaptedModel) -> str:
         if isinstance(module, ModulesToSaveWrapper)
         for parameter in module.original_module.parameters()
     }
+    # bitsandbytes moves the scales of an 8-bit weight from the parameter to its layer when it is first used.
+    eight_bit: dict[int, Any] = {
+        id(module.weight): module.state.SCB  # type: ignore[union-attr]  # of `Linear8bitLt`
+        for module in adapted.model.modules()
+        if getattr(getattr(module, "state", None), "SCB", None) is not None
+    }
     for name, parameter in adapted.model.named_parameters():
         if CARRIER in name.split("."):
             continue
         if not parameter.requires_grad and parameter.numel() and id(parameter) not in unused:
             weight = originals.get(parameter.data_ptr(), parameter.detach())
-            for part in [weight, *_scales_of(parameter)]:
+            for part in [weight, *_scales_of(parameter, eight_bit)]:
                 digest.update(_bytes_of(part))
     return digest.hexdigest()
 
@@ -334,9 +340,10 @@ def _check_fits(difference: LedgerDifference, adapted: AdaptedModel) -> None:
         )
 
 
-def _scales_of(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+def _scales_of(parameter: torch.nn.Parameter, eight_bit: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
     """What belongs to a quantized weight of bitsandbytes beside its integers."""
     state, scales = getattr(parameter, "quant_state", None), getattr(parameter, "SCB", None)
+    scales = eight_bit.get(id(parameter)) if scales is None else scales
     parts = [] if state is None else [value for _, value in sorted(state.as_dict(packed=True).items())]
     return parts if scales is None else [*parts, scales]
 

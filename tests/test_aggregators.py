@@ -1,5 +1,7 @@
 """Aggregation methods as functions of tensors: expected values are dense, in NumPy, in float64 or wider."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +14,12 @@ from fedex_hf import (
     FedExAggregator,
     FedITAggregator,
     FFALoRAAggregator,
+    GlobalUpdate,
     LowRankDelta,
     get_aggregator,
 )
-from fedex_hf.aggregators.base import normalise
+from fedex_hf.aggregators.base import mean_factors, normalise
+from fedex_hf.aggregators.ranks import start_at_rank
 
 
 OUT, IN, RANK = 23, 17, 3
@@ -422,6 +426,182 @@ def test_updates_that_do_not_fit_together(adapters, tensors, key, position):
     updates[position] = ClientUpdate(f"client-{position}", 1, 10, adapters(delta), tensors)
     with pytest.raises(ValueError, match=rf"`client-0` and `client-{position}` do not fit together: `{key}`"):
         FedExAggregator().aggregate(updates, [1, 1, 1])
+
+
+# ---- Ranks that differ ----
+
+
+def mixed_updates(ranks, start, dtype=torch.float32, noise=0.5):
+    """Clients of some ranks that have trained from `start`: every number moved, scaling `8 / r`."""
+    generator = torch.Generator().manual_seed(7)
+    updates = []
+    for i, rank in enumerate(ranks):
+        own, offset = start_at_rank(start, rank, 8 / rank, f"key {i}")
+        A = own.A + noise * torch.randn(own.A.shape, generator=generator).to(dtype)
+        B = own.B + noise * torch.randn(own.B.shape, generator=generator).to(dtype)
+        offsets = {} if offset is None else {"layer": offset}
+        updates.append(ClientUpdate(f"client-{i}", 1, 10, {"layer": LowRankDelta(A, B, own.scaling)}, offsets=offsets))
+    return updates
+
+
+def ideal_with_offsets(updates, weights):
+    def whole(update):
+        offset = update.offsets.get("layer")
+        return product(update.adapters["layer"]) + (0 if offset is None else product(offset))
+
+    return sum(w * whole(update) for w, update in zip(share(weights), updates, strict=True))
+
+
+def replace_factors(update, delta):
+    return replace(update, adapters={"layer": delta})
+
+
+def experts_of(deltas):
+    return LowRankDelta(
+        torch.stack([delta.A for delta in deltas]), torch.stack([delta.B for delta in deltas]), deltas[0].scaling
+    )
+
+
+GLOBAL = 4
+RANKS = {
+    "smaller": ([2], 0),
+    "larger": ([7], 3),
+    "around": ([2, 4, 8], 4),
+    "all smaller": ([3, 1, 3], 0),
+    "all larger": ([5, 6], 1 + 2),
+    "none": ([4, 4, 4], 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("ranks", "surplus"), RANKS.values(), ids=RANKS)
+def test_ranks_that_differ_are_brought_together_exactly(ranks, surplus, dtype):
+    (start,) = factors_of(1, rank=GLOBAL, dtype=dtype)
+    weights = [3, 1, 2][: len(ranks)]
+    updates = mixed_updates(ranks, start, dtype)
+    update = FedExAggregator().aggregate(updates, weights, start=GlobalUpdate({"layer": start}))
+    mean, residual = update.adapters["layer"], update.residuals.get("layer")
+    assert mean.A.shape == start.A.shape
+    assert mean.B.shape == start.B.shape
+    assert mean.A.dtype == mean.B.dtype == dtype
+    assert mean.scaling == start.scaling
+    found = product(mean) + (0 if residual is None else product(residual))
+    assert error(found, ideal_with_offsets(updates, weights)) < 5e-7
+    if dtype == torch.float32:
+        rank = 0 if residual is None else residual.rank
+        assert rank == min((len(ranks) - 1) * GLOBAL + surplus, IN, OUT)
+    # The twins: without what smaller clients did not train, and without what did not fit.
+    factors = [update.adapters["layer"] for update in updates]
+    cut = [_other(delta, A=delta.A[:GLOBAL], B=delta.B[:, :GLOBAL]) for delta in factors]
+    assert (error(found, ideal(factors, weights)) > 1e-2) == (min(ranks) < GLOBAL)
+    without = ideal_with_offsets([replace_factors(u, d) for u, d in zip(updates, cut, strict=True)], weights)
+    assert (error(found, without) > 1e-2) == (max(ranks) > GLOBAL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 9])
+def test_a_client_of_any_rank_starts_from_the_global_update(rank, dtype):
+    (start,) = factors_of(1, rank=GLOBAL, dtype=dtype)
+    own, offset = start_at_rank(start, rank, 8 / rank, "key")
+    assert own.A.shape == (rank, IN)
+    assert own.B.shape == (OUT, rank)
+    assert own.A.dtype == own.B.dtype == dtype
+    found = product(own) + (0 if offset is None else product(offset))
+    assert error(found, product(start)) < {torch.float64: 1e-15}.get(dtype, 1e-7)
+    assert torch.equal(own.A[:GLOBAL], start.A[:rank])
+    assert (offset is not None) == (rank < GLOBAL or (dtype == torch.bfloat16 and rank != GLOBAL))
+    if rank > GLOBAL:
+        assert not own.B[:, GLOBAL:].any()
+        assert 0 < own.A[GLOBAL:].abs().max() <= IN**-0.5
+
+
+def test_the_global_rank_is_not_touched():
+    (start,) = factors_of(1, rank=GLOBAL)
+    assert start_at_rank(start, GLOBAL, start.scaling, "key") == (start, None)
+    factors, weights = factors_of(3, rank=GLOBAL), [1, 2, 3]
+    plain = FedExAggregator().aggregate(updates_of(factors), weights)
+    told = FedExAggregator().aggregate(updates_of(factors), weights, start=GlobalUpdate({"layer": start}))
+    for one, other in ((plain.adapters, told.adapters), (plain.residuals, told.residuals)):
+        assert torch.equal(one["layer"].A, other["layer"].A)
+        assert torch.equal(one["layer"].B, other["layer"].B)
+
+
+def test_experts_of_different_ranks():
+    """Every expert is aggregated as if it were a layer of its own."""
+    starts = factors_of(2, rank=GLOBAL)
+    each = [mixed_updates([2, 6], start) for start in starts]
+    updates = []
+    for client in range(2):
+        offsets = [updates[client].offsets.get("layer") for updates in each]
+        updates.append(
+            ClientUpdate(
+                f"client-{client}",
+                1,
+                10,
+                {"layer": experts_of([updates[client].adapters["layer"] for updates in each])},
+                offsets={} if None in offsets else {"layer": experts_of(offsets)},
+            )
+        )
+    start = GlobalUpdate({"layer": experts_of(starts)})
+    update = FedExAggregator().aggregate(updates, [1, 3], start=start)
+    found = product(update.adapters["layer"]) + product(update.residuals["layer"])
+    for expert, alone in enumerate(each):
+        assert error(found[expert], ideal_with_offsets(alone, [1, 3])) < 3e-7
+
+
+def test_a_truncated_residual_is_the_best_of_all_of_it():
+    """What does not fit into the global rank is truncated together with the rest."""
+    (start,) = factors_of(1, rank=GLOBAL)
+    updates, weights = mixed_updates([2, 4, 8], start), [3, 1, 2]
+    told = GlobalUpdate({"layer": start})
+    whole = product(FedExAggregator().aggregate(updates, weights, start=told).residuals["layer"]).astype(float)
+    residual = FedExAggregator(residual_rank=3).aggregate(updates, weights, start=told).residuals["layer"]
+    U, S, Vh = np.linalg.svd(whole, full_matrices=False)
+    assert residual.rank == 3
+    assert error(product(residual), (U[:, :3] * S[:3]) @ Vh[:3]) < 1e-6
+
+
+def test_a_mean_of_different_ranks_counts_zeros():
+    """FedIT's side of the certificate where ranks differ."""
+    (start,) = factors_of(1, rank=GLOBAL)
+    factors = [update.adapters["layer"] for update in mixed_updates([2, 4, 6], start)]
+    padded = [
+        (np.pad(wide(d.A), ((0, 6 - d.rank), (0, 0))), d.scaling * np.pad(wide(d.B), ((0, 0), (0, 6 - d.rank))))
+        for d in factors
+    ]
+    weights = normalise([1, 2, 3], 3)
+    A, B = (sum(w * each[i] for w, each in zip(share([1, 2, 3]), padded)) for i in (0, 1))
+    assert error(product(mean_factors(factors, weights)), B @ A) < 3e-7
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "change", "message"),
+    [
+        (FedITAggregator(), {}, "`client-0` trained on a base with an offset"),
+        (FedITAggregator(), {"offsets": {}}, r"`client-0` has rank 2 in `layer`, and the global rank is 4"),
+        (FedExAggregator(assignment="keep"), {"offsets": {}}, "`client-0` has rank 2.*does not say `mixes_ranks`"),
+        (FedExAggregator(), {"offsets": {}}, r"`client-0`: its 2 rows in `layer`.* do not complete the 4 global ones"),
+        (FedExAggregator(), {"adapters": {}}, "`client-0`: `layer` is only among the layers that all started from"),
+        (FedExAggregator(), {"adapters": {"other": factors_of(1)[0]}}, "`client-0`: `(layer|other)` is only"),
+        (
+            FedExAggregator(),
+            {"adapters": {"layer": LowRankDelta(torch.ones(4, 3), torch.ones(OUT, 4))}, "offsets": {}},
+            r"of size \(23, 3\), do not complete",
+        ),
+    ],
+)
+def test_ranks_that_cannot_be_brought_together(aggregator, change, message):
+    (start,) = factors_of(1, rank=GLOBAL)
+    first, second = mixed_updates([2, 4], start)
+    with pytest.raises(ValueError, match=message):
+        aggregator.aggregate([replace(first, **change), second], [1, 1], start=GlobalUpdate({"layer": start}))
+
+
+def test_ranks_that_differ_need_to_be_told_what_all_started_from():
+    (start,) = factors_of(1, rank=GLOBAL)
+    for ranks, message in (([2, 2], r"an offset.*start=state"), ([4, 6], r"do not fit together.*`start`")):
+        with pytest.raises(ValueError, match=message):
+            FedExAggregator().aggregate(mixed_updates(ranks, start), [1, 1])
 
 
 # ---- The registry ----

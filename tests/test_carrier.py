@@ -111,8 +111,7 @@ def test_it_has_no_dropout_and_the_trained_adapter_keeps_its_own():
     assert (alone - layer.base_layer(inputs)[0]).norm() > 0.1
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(gradient_checkpointing):
+def test_gradient_checkpointing_gives_the_same_gradients():
     def gradients(checkpointing):
         adapted = carrying()
         model = adapted.model.train()
@@ -122,7 +121,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(gradient_checkpointing)
         model(**SUPPORTED["linear"].inputs()).logits.square().sum().backward()
         return [each.grad for site in adapted.sites.values() for each in site.parameters]
 
-    assert all(torch.equal(*pair) for pair in zip(gradients(gradient_checkpointing), gradients(False), strict=True))
+    pairs = list(zip(gradients(True), gradients(False), strict=True))
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert all(each.norm() > 0 for each, _ in pairs)
 
 
 # ---- Switched off ----

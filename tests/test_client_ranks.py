@@ -1,12 +1,11 @@
 """Clients of different ranks: after every round, effective weight = weighted mean of the clients'.
 
-Effective weights are what a layer's own `forward` makes of unit inputs, in float64: so they hold whatever a client
-trained, whatever its base or a second adapter held beside it, at whatever scaling.
+Effective weights are read from the live model (`effective.py`): whatever a client trained, at whatever scaling, and
+whatever its base or a second adapter held beside it.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from dataclasses import dataclass, field
@@ -16,12 +15,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from effective import effective, modules_of
 from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback
-from transformers.pytorch_utils import Conv1D
 
 from fedex_hf import (
+    AdaptedModel,
     CheckpointMismatchError,
     ClientUpdate,
     FederatedCallback,
@@ -41,34 +41,9 @@ Weights = dict[str, torch.Tensor]
 # ---- The test's own view ----
 
 
-def adapted_modules(model: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-
-
-@torch.no_grad()
-def effective(module: nn.Module) -> torch.Tensor:
-    """What the layer computes with: a matrix whose rows are its answers to unit inputs, float64."""
-    module = copy.deepcopy(module).double().eval()
-    base = module.get_base_layer()
-    if isinstance(base, nn.Embedding):
-        return module(torch.arange(base.num_embeddings))
-    shape = (base.in_channels, *base.kernel_size) if isinstance(base, nn.Conv1d) else (inputs_of(base),)
-    size = math.prod(shape)
-    *rows, bias = module(torch.cat([torch.eye(size), torch.zeros(1, size)]).double().reshape(-1, *shape))
-    return (torch.stack(rows) - bias).flatten(1)
-
-
-def inputs_of(base: nn.Module) -> int:
-    return base.weight.shape[0] if isinstance(base, Conv1D) else base.in_features
-
-
-def weights_of(model: nn.Module) -> Weights:
-    return {name: effective(module) for name, module in adapted_modules(model).items()}
-
-
 def ranks_of(model: nn.Module) -> dict[str, int]:
     found = {}
-    for name, module in adapted_modules(model).items():
+    for name, module in modules_of(model).items():
         embedded = "default" in module.lora_embedding_A
         A = module.lora_embedding_A["default"] if embedded else module.lora_A["default"].weight
         B = module.lora_embedding_B["default"] if embedded else module.lora_B["default"].weight
@@ -120,10 +95,10 @@ class RecordingTrainer(FederatedTrainer):
         return False
 
     def fit_client(self, client_id: str, round: int) -> ClientUpdate:
-        record, fit = vars(self).setdefault("rounds", [Round(weights_of(self.model))])[-1], self.clients.fit
+        record, fit = vars(self).setdefault("rounds", [Round(effective(self.model))])[-1], self.clients.fit
 
         def look_and_fit(*args: Any) -> Any:
-            record.starts[client_id] = weights_of(self.model)
+            record.starts[client_id] = effective(self.model)
             return fit(*args)
 
         self.clients.fit = look_and_fit
@@ -133,21 +108,21 @@ class RecordingTrainer(FederatedTrainer):
             self.clients.fit = fit
         if self.fails(client_id, round):
             raise RuntimeError("lost the connection")
-        record.ends[client_id] = weights_of(self.model)
+        record.ends[client_id] = effective(self.model)
         record.sizes.append(len(self.train_dataset[client_id]))
         record.ranks[client_id] = ranks_of(self.model)
-        modules = adapted_modules(self.model)
+        modules = modules_of(self.model)
         record.scalings[client_id] = {name: module.scaling["default"] for name, module in modules.items()}
         return update
 
 
 class Recorder(FederatedCallback):
     def on_round_begin(self, args, state, control, trainer, **kwargs):
-        vars(trainer).setdefault("rounds", []).append(Round(weights_of(trainer.model)))
+        vars(trainer).setdefault("rounds", []).append(Round(effective(trainer.model)))
 
     def on_round_end(self, args, state, control, trainer, round, **kwargs):
         record = trainer.rounds[-1]
-        record.after = weights_of(trainer.model)
+        record.after = effective(trainer.model)
         record.logged = next(entry for entry in reversed(state.log_history) if entry.get("round") == round)
 
 
@@ -305,17 +280,8 @@ def test_the_model_ends_at_the_global_rank_with_its_own_parameters(ran):
     assert ranks_of(trainer.model) == trainer.global_ranks
     trained = {id(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad}
     assert trained <= trainer.parameters_before
-    for layer, module in adapted_modules(trainer.model).items():
+    for layer, module in modules_of(trainer.model).items():
         assert module.scaling["default"] == by_peft(case, layer, trainer.global_ranks[layer])
-
-
-def test_bytes_up_are_the_mean_of_the_clients(ran):
-    case, trainer = ran
-    if case is not MIXED:
-        return
-    head = 4 * sum(tensor.numel() for tensor in trainer.federation.state.tensors.values())
-    expected = 4 * (32 + 32) * 4 * (2 + 4 + 8) / 3 + head  # four layers of 32 x 32, four bytes a number
-    assert trainer.rounds[0].logged["bytes_up_per_client"] == pytest.approx(expected)
 
 
 def draw(*key: int) -> float:
@@ -328,7 +294,7 @@ class DroppingOut(RecordingTrainer):
         return draw(round, int(client_id[-1])) < 0.35
 
 
-def test_twenty_rounds_with_dropouts(tmp_path, no_full_collections):
+def test_twenty_rounds_with_dropouts(tmp_path):
     """Five clients of four ranks; each round samples four, and some of these fail after they have trained."""
     case = Case(
         {"client-0": 1, "client-1": 2, "client-3": 7, "client-4": 2},
@@ -411,19 +377,13 @@ def test_the_assertion_fails_for(aggregator, tmp_path):
 
 def test_the_assertion_fails_for_a_start_without_the_rest(tmp_path, monkeypatch):
     """A client of a smaller rank that trains on the base without the rows it does not have."""
-    monkeypatch.setattr("fedex_hf.base_model.AdaptedModel.install", _without_offsets())
+    install = AdaptedModel.install
+    monkeypatch.setattr(AdaptedModel, "install", lambda self, ledger, offsets=None: install(self, ledger))
     trainer = MIXED.run(tmp_path)
     with pytest.raises(AssertionError, match=r"round 2, client-0: starts"):
         assert_common_start(trainer.rounds)
     with pytest.raises(AssertionError, match=r"round 2, .*relative error"):
         assert_exact(trainer.rounds)
-
-
-def _without_offsets() -> Any:
-    from fedex_hf import AdaptedModel
-
-    install = AdaptedModel.install
-    return lambda self, ledger, offsets=None: install(self, ledger)
 
 
 # ---- One client does not see another ----
@@ -482,12 +442,15 @@ def test_by_hand_as_in_the_docs(tmp_path):
     assert set(ranks_of(trainer.model).values()) == {4}
     through = MIXED.run(tmp_path / "through", num_rounds=1)
     assert tiny.same_bytes(tiny.trained(trainer.model), tiny.trained(through.model))
+    # Bytes up are the mean of the clients': four layers of 32 x 32, four bytes a number, and the head.
+    head = 4 * sum(tensor.numel() for tensor in trainer.federation.state.tensors.values())
+    assert through.rounds[0].logged["bytes_up_per_client"] == pytest.approx(4 * 64 * 4 * (2 + 4 + 8) / 3 + head)
 
 
-def test_the_global_rank_by_name_changes_nothing(tmp_path, no_full_collections):
-    plain = Case({}, MIXED.lora).run(tmp_path / "plain")
-    named = Case({"client-1": 4, "client-2": 4}, MIXED.lora).run(tmp_path / "named")
-    other = Case({"client-1": 3}, MIXED.lora).run(tmp_path / "other")
+def test_the_global_rank_by_name_changes_nothing(tmp_path):
+    plain = Case({}, MIXED.lora).run(tmp_path / "plain", num_rounds=2)
+    named = Case({"client-1": 4, "client-2": 4}, MIXED.lora).run(tmp_path / "named", num_rounds=2)
+    other = Case({"client-1": 3}, MIXED.lora).run(tmp_path / "other", num_rounds=2)
     assert tiny.same_bytes(tiny.trained(named.model), tiny.trained(plain.model))
     assert not tiny.same_bytes(tiny.trained(other.model), tiny.trained(plain.model))
     assert named.base_version == plain.base_version != other.base_version
@@ -498,13 +461,13 @@ def test_the_global_rank_by_name_changes_nothing(tmp_path, no_full_collections):
 
 class Stop(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
-        if state.epoch == 2:
+        if state.epoch == 1:
             raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("optimizer", ["reset", "keep"])
-def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, optimizer, no_full_collections):
-    settings = {"num_rounds": 4, "save_strategy": "epoch", "client_optimizer_state": optimizer}
+def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, optimizer):
+    settings = {"num_rounds": 3, "save_strategy": "epoch", "client_optimizer_state": optimizer}
     whole = MIXED.run(tmp_path / "whole", **settings)
     assert_exact(whole.rounds)
     stopped = MIXED.trainer(tmp_path / "stopped", **settings)
@@ -512,7 +475,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, optimizer, no_full_col
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
     path = ckpt.checkpoints_in(tmp_path / "stopped")[-1]
-    stopped.fit_client("client-2", 3)  # the model holds another rank when the checkpoint is read
+    stopped.fit_client("client-2", 2)  # the model holds another rank when the checkpoint is read
     for trainer in (stopped, MIXED.trainer(tmp_path / "stopped", **settings)):
         trainer.callback_handler.callbacks = [
             each for each in trainer.callback_handler.callbacks if not isinstance(each, Stop)
@@ -553,11 +516,10 @@ REFUSED = {
 
 @pytest.mark.parametrize(("kwargs", "message"), REFUSED.values(), ids=REFUSED)
 def test_refused(kwargs, message, tmp_path):
-    given = dict(kwargs)
-    if isinstance(given.get("aggregator"), str) or "aggregator" in given:
-        given["trainer_kwargs"] = {"aggregator": given.pop("aggregator")}
+    given = {"client_ranks": {"client-0": 2}} | kwargs
+    trainer_kwargs = {"aggregator": given.pop("aggregator", None)}
     with pytest.raises(ValueError, match=message):
-        tiny.federation(tmp_path, **({"client_ranks": {"client-0": 2}} | given))
+        tiny.federation(tmp_path, trainer_kwargs=trainer_kwargs, **given)
 
 
 def test_biases_of_the_factors_are_refused(tmp_path):

@@ -234,9 +234,20 @@ def test_settings_of_a_comparison_that_never_began_do_not_stay(lab, tmp_path):
 
 def test_what_the_strictest_method_refuses_is_refused_before_the_first_run(lab, tmp_path):
     flags = {"output_dir": tmp_path / "out", "aggregators": "fedit fedex", "dtype": "bfloat16"}
+    flags["residual_storage"] = "base"
     with pytest.raises(SystemExit, match=r"fedex, seed 0, 1 local epochs cannot start: .*bfloat16"):
         glue.main(glue_flags(lab, **flags))
     assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_a_base_in_16_bits_starts_all_methods_alike(lab, tmp_path):
+    """FedEx-LoRA carries its residuals beside such a base and FedIT does not, which is no other start."""
+    flags = {"output_dir": tmp_path / "out", "aggregators": "fedit fedex", "dtype": "bfloat16", "num_rounds": 2}
+    glue.main(glue_flags(lab, **flags))
+    results = {result.run.method: result for result in read_results(tmp_path / "out" / "results.json")}
+    assert results["fedit"].start == results["fedex"].start
+    assert max(each.aggregation_error for each in results["fedex"].rounds) < 1e-5
+    assert min(each.aggregation_error for each in results["fedit"].rounds) > 1e-3
 
 
 def test_a_metric_that_is_undefined_costs_no_run(lab, tmp_path, monkeypatch):

@@ -33,7 +33,6 @@ CARRIER, ADAPTER = "fedex_residual", "default"
 RANK, ALPHA = 2, 5
 MANY = (4, 3, 5, 4, 2, 4, 3, 4)
 pytestmark = [
-    pytest.mark.usefixtures("no_full_collections"),
     pytest.mark.filterwarnings("ignore"),  # PEFT's: Conv1D, a LoRA bias taken for a shard
 ]
 

@@ -309,6 +309,25 @@ def test_a_quantized_weight_in_float32_storage_is_no_float32_weight():
     assert site.dense_shape == (48, 64)
 
 
+@pytest.mark.parametrize("evaluated_before", [False, True])
+def test_evaluation_does_not_pack_four_bit_weights_anew(evaluated_before):
+    """bitsandbytes does on some CPUs, and rounds their scales; here only what it did before is left."""
+    plain = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")).to("cpu").eval()
+    plain.is_loaded_in_4bit = True
+    inputs = torch.randn(3, 64)
+    weight = base(layer_kinds.get_peft_model(plain, LoraConfig(r=2, target_modules=["0"])).base_model.model[0])
+    if evaluated_before:
+        plain(inputs)
+    model = layer_kinds.get_peft_model(plain, LoraConfig(r=2, target_modules=["0"]))
+    AdaptedModel(model, changes_base=True)
+    stored = base_bytes(model)
+    assert norm([base(model.base_model.model[0]) - weight]) <= (1e-2 if evaluated_before else 0) * norm([weight])
+    with torch.no_grad():
+        for each in (model.eval(), model.train()):
+            each(inputs)
+    assert same(base_bytes(model), stored)
+
+
 def test_the_docs_list_the_same():
     page = (DOCS / "limits.md").read_text()
     for part in (layer_kinds.supported_table(), layer_kinds.options(), layer_kinds.refused_table()):

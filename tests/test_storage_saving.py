@@ -32,7 +32,6 @@ from fedex_hf.hub_rounds import load_round
 
 TOLERANCE = 1e-6  # of the update; factors are float32
 pytestmark = [
-    pytest.mark.usefixtures("no_full_collections"),
     pytest.mark.filterwarnings("ignore"),  # PEFT's: Conv1D, an adapter that is there already
 ]
 
@@ -226,13 +225,25 @@ def test_one_plain_lora_on_the_original_base(run_of, tmp_path, name):
     assert run.distance(weights_of(run.peft(tmp_path))) > 0.2
 
 
+def test_a_cast_base_leaves_the_update_in_float32(run_of, tmp_path):
+    run = run_of("kinds beside the base")
+    saved = run.trainer.save_model(str(tmp_path), dtype="bfloat16")
+    assert (saved.dtype, saved.cast_survival, saved.base_dtype) == ("float32", None, "bfloat16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    model = run.auto_peft(tmp_path)
+    cast = weights_of(model, lambda it: {name: base(module) for name, module in modules_of(it).items()})
+    assert all(torch.equal(cast[key], each.bfloat16().double()) for key, each in run.original.items())
+    found = {key: each - cast[key] + run.original[key] for key, each in weights_of(model).items()}
+    assert run.distance(found) < TOLERANCE
+
+
 QUANTIZED_KINDS = [name for name in KINDS if name in QUANTIZED]
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in QUANTIZED])
 def test_one_model_rounded_once(run_of, tmp_path, name):
     run = run_of(name)
-    run.trainer.save_model(str(tmp_path), format="merged")
+    saved = run.trainer.save_model(str(tmp_path), format="merged")
     assert not list(tmp_path.glob("adapter*"))
     model = run.auto(tmp_path)
     found, expected = model.state_dict(), run.expected
@@ -241,10 +252,13 @@ def test_one_model_rounded_once(run_of, tmp_path, name):
             assert (found[key].double() - expected[key]).norm() < 1e-6 * expected[key].norm(), key
         else:
             assert torch.equal(found[key], expected[key].to(found[key].dtype)), key
-    key = next(iter(expected))
-    assert run.distance({key: found[key].double() for key in expected}) < (
-        1e-5 if found[key].dtype == torch.float32 else 0.1
-    )
+    distance = run.distance({key: found[key].double() for key in expected})
+    if saved.base_dtype == "float32":
+        assert distance < 1e-5
+        assert saved.cast_survival is None
+    else:
+        assert 1e-4 < distance < 0.1
+        assert saved.cast_survival == pytest.approx(1 - distance, abs=1e-4)
     if name == "tied":  # the other end did not get the update
         assert torch.equal(found["lm_head.weight"].double(), run.original["model.embed_tokens.weight"])
         assert not torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
@@ -265,6 +279,11 @@ def test_a_quantized_base_is_never_rewritten(run_of, tmp_path, name):
     assert {tensor.dtype for key, tensor in factors.items() if "lora_" in key} == {torch.bfloat16}
     assert 1 - run.distance(weights_of(run.peft(tmp_path / "cast"))) == pytest.approx(saved.cast_survival, abs=1e-4)
     assert 0.99 < saved.cast_survival < 1.0
+
+
+def test_a_run_that_would_have_to_rewrite_it_does_not_start(tmp_path):
+    with pytest.raises(ValueError, match='The format "merged" folds the update into base weights that are quantized'):
+        llama("nf4").train(tmp_path, push_to_hub=True, hub_model_id="user/never", hub_round_format="merged")
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name].storage == "adapter"])

@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
 from fedex_hf import FederatedTrainer, FederatedTrainingArguments, partition_dataset
+from fedex_hf.carrier import CARRIER
 from fedex_hf.checkpoint import checkpoints_in
 from fedex_hf.comparison.arguments import ComparisonArguments, RecipeTrainingArguments
 from fedex_hf.comparison.methods import Method
@@ -323,7 +324,8 @@ def digest_of_start(trainer: FederatedTrainer) -> str:
     tensors = {f"{name}.{factor}": getattr(delta, factor) for name, delta in state.adapters.items() for factor in "AB"}
     tensors |= state.tensors
     for name, parameter in trainer.adapted.model.named_parameters():
-        if trainer.adapted.adapter not in name.split("."):  # whatever factors a method freezes, they are not the base
+        # Whatever factors a method freezes, and whatever carries its residuals, they are not the base.
+        if not {trainer.adapted.adapter, CARRIER}.intersection(name.split(".")):
             tensors[name] = parameter.detach()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
