@@ -56,8 +56,8 @@ SIZES = {
 }
 
 
-def build_model(size: Size, rank: int = 4) -> PeftModel:
-    """LoRA on query and value, and the classification head trained in full; the same bytes at every call."""
+def build_model(size: Size, rank: int = 4, targets: list[str] | str | None = None) -> PeftModel:
+    """LoRA, by default on query and value, and the classification head trained in full; the same bytes every time."""
     torch.manual_seed(0)
     config = RobertaConfig(
         vocab_size=size.vocab,
@@ -69,7 +69,7 @@ def build_model(size: Size, rank: int = 4) -> PeftModel:
         num_labels=2,
         pad_token_id=0,
     )
-    lora = LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules=["query", "value"])
+    lora = LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules=targets or ["query", "value"])
     return get_peft_model(RobertaForSequenceClassification(config), lora)
 
 

@@ -27,7 +27,8 @@ from transformers.utils import logging
 
 from fedex_hf import ClientUpdate, FedExAggregator, GlobalUpdate, LowRankDelta
 from fedex_hf.aggregators.fedex import exact_residual
-from fedex_hf.base_model import AdaptedModel, LoraSite
+from fedex_hf.base_model import AdaptedModel
+from fedex_hf.lora_site import LoraSite
 
 
 LIMIT = 1e-5

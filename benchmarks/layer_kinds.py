@@ -36,7 +36,8 @@ from transformers import (
     Wav2Vec2ForSequenceClassification,
 )
 
-from fedex_hf.base_model import AdaptedModel, Ledger
+from fedex_hf.base_model import AdaptedModel
+from fedex_hf.ledger import Ledger
 from fedex_hf.starts import put_lora_on
 
 

@@ -22,14 +22,13 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
-from _common import Size, build_data, describe_machine, markdown_table, publish, start
+from _common import Size, build_data, build_model, describe_machine, markdown_table, publish, start
 from memory import MB, _peak_allocated
-from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
-from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from fedex_hf import ClientUpdate, FedExAggregator, GlobalUpdate
-from fedex_hf.base_model import AdaptedModel, Ledger
+from fedex_hf.base_model import AdaptedModel
+from fedex_hf.ledger import Ledger
 from fedex_hf.updates import LowRankDelta
 
 
@@ -64,19 +63,7 @@ class Side:
     """
 
     def __init__(self, storage: str, targets: list[str] | str, rank: int) -> None:
-        torch.manual_seed(0)
-        config = RobertaConfig(
-            vocab_size=SIZE.vocab,
-            hidden_size=SIZE.hidden,
-            num_hidden_layers=SIZE.layers,
-            num_attention_heads=SIZE.heads,
-            intermediate_size=SIZE.intermediate,
-            max_position_embeddings=SIZE.tokens + 4,
-            num_labels=2,
-            pad_token_id=0,
-        )
-        lora = LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules=targets)
-        self.model = get_peft_model(RobertaForSequenceClassification(config), lora)
+        self.model = build_model(SIZE, rank, targets)
         self.adapted = AdaptedModel(self.model, changes_base=True, storage=storage)
         self.optimizer = torch.optim.AdamW([each for each in self.model.parameters() if each.requires_grad], lr=1e-4)
         data = build_data(SIZE, SIZE.batch)
