@@ -10,7 +10,7 @@ from fedex_hf.aggregators import (
     FFALoRAAggregator,
     get_aggregator,
 )
-from fedex_hf.base_model import AdaptedModel, Ledger, UnsupportedModelError
+from fedex_hf.base_model import AdaptedModel
 from fedex_hf.base_versions import LedgerDifference, LedgerMismatchError, StaleUpdateError
 from fedex_hf.callbacks import FederatedCallback
 from fedex_hf.checkpoint import CheckpointMismatchError, RoundState
@@ -19,6 +19,8 @@ from fedex_hf.evaluation import Exactness, LayerExactness, measure_exactness
 from fedex_hf.hub import HubConflictError, UnpublishedRoundsError
 from fedex_hf.hub_files import UnsafeRepositoryError
 from fedex_hf.hub_rounds import UnloadableRoundError
+from fedex_hf.layouts import UnsupportedModelError
+from fedex_hf.ledger import Ledger
 from fedex_hf.partition import describe_partition, partition_dataset
 from fedex_hf.saving import SavedModel
 from fedex_hf.tensor_files import AdapterFormatError

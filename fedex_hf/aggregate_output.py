@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from fedex_hf.adapter_files import PREFIX
 from fedex_hf.adapter_round import AdapterRound
 from fedex_hf.adapter_sources import COMPANIONS
-from fedex_hf.base_model import LoraSite, UnsupportedModelError
+from fedex_hf.layouts import UnsupportedModelError
+from fedex_hf.lora_site import PREFIX, LoraSite
 from fedex_hf.low_rank import plain_product
 from fedex_hf.plain_lora import plain_lora_config
 from fedex_hf.skeleton import base_name

@@ -15,13 +15,12 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from torch import nn
 
 from fedex_hf.carrier import CARRIER, activate, attach, carried, carry, content, held, is_active
+from fedex_hf.layouts import UnsupportedModelError
 from fedex_hf.ledger import Ledger
-from fedex_hf.lora_site import LoraSite, UnsupportedModelError, sites_of
+from fedex_hf.lora_site import LoraSite, sites_of, snapshot
 from fedex_hf.starts import PLAIN_STARTS, check_start
 from fedex_hf.updates import GlobalUpdate, LowRankDelta
 
-
-__all__ = ["AdaptedModel", "Ledger", "LoraSite", "UnsupportedModelError", "check_peft_type"]
 
 STORAGES = ("auto", "base", "adapter")
 
@@ -46,7 +45,7 @@ class AdaptedModel:
 
     def __init__(self, model: nn.Module, changes_base: bool, storage: str = "auto") -> None:
         self.model = _check_peft_model(model)
-        self.adapter = next(name for name in self.model.active_adapters if name != CARRIER)
+        self.adapter = trained_adapter(self.model)
         _keep_four_bit_weights(self.model)
         self.sites = sites_of(self.model, self.adapter)
         if not self.sites:
@@ -78,7 +77,7 @@ class AdaptedModel:
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad and id(parameter) not in factors
         }
-        self.originals = {name: _snapshot(site.base_weight) for name, site in self.sites.items() if site.layout.drifts}
+        self.originals = {name: snapshot(site.base_weight) for name, site in self.sites.items() if site.layout.drifts}
         self.ledger = Ledger()
         self.holds_offsets = False
         self._own_rank: dict[str, tuple[tuple[nn.Parameter, nn.Parameter], float]] = {}  # while a client has another
@@ -102,7 +101,7 @@ class AdaptedModel:
                 )
         return GlobalUpdate(
             adapters={name: site.read() for name, site in self.sites.items()},
-            tensors={name: _snapshot(parameter) for name, parameter in self.tensors.items()},
+            tensors={name: snapshot(parameter) for name, parameter in self.tensors.items()},
         )
 
     @torch.no_grad()
@@ -151,7 +150,7 @@ class AdaptedModel:
             for name in ledger.layers() | self.originals.keys() | offsets.keys():
                 weight = self.sites[name].base_weight
                 if name not in self.originals:
-                    self.originals[name] = _snapshot(weight)
+                    self.originals[name] = snapshot(weight)
                 weight.copy_(self.base_weight_at(name, ledger, offsets.get(name)))
         self.holds_offsets = bool(offsets)
         self.ledger = ledger
@@ -209,10 +208,9 @@ class AdaptedModel:
             return torch.zeros(site.B.shape[-2], site.A.shape[-1], dtype=torch.float64)
         return site.matrix(delta.double() if isinstance(delta, torch.Tensor) else site.dense(delta))
 
-    def resolution(self, name: str) -> float:
-        """Norm below which what holds a layer's residual resolves nothing."""
-        kept = torch.float32 if self.storage == "adapter" else self.sites[name].base_weight.dtype
-        return torch.finfo(kept).eps * float(torch.linalg.vector_norm(self.installed(name)))
+    def precision(self, name: str) -> float:
+        """Relative precision of what holds a layer's residual, no unit."""
+        return torch.finfo(torch.float32 if self.storage == "adapter" else self.sites[name].base_weight.dtype).eps
 
 
 def check_peft_type(what: str, config: PeftConfig) -> None:
@@ -228,24 +226,41 @@ def check_peft_type(what: str, config: PeftConfig) -> None:
         )
 
 
+def trained_adapter(model: PeftModel) -> str:
+    """Name of the one LoRA adapter that is active, beside a carrier of residuals.
+
+    Raises:
+        UnsupportedModelError: If there is none, more than one, or one of another type.
+    """
+    active = [name for name in model.active_adapters if name != CARRIER]
+    if len(active) != 1:
+        raise UnsupportedModelError(
+            f"The model has {len(active)} active adapters ({active}). Allowed: one; call `model.set_adapter(name)`."
+        )
+    check_peft_type(f"The adapter `{active[0]}`", model.peft_config[active[0]])
+    return active[0]
+
+
+def places_of(model: nn.Module) -> dict[int, list[str]]:
+    """Storage of a parameter -> all names that it has in a model; more than one if it is tied."""
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(parameter.data_ptr(), []).append(name)
+    return places
+
+
 def _check_peft_model(model: nn.Module) -> PeftModel:
     if not isinstance(model, PeftModel):
         raise UnsupportedModelError(
             f"`model` is a `{type(model).__name__}` without LoRA. Pass `peft_config=LoraConfig(...)`, or a model that "
             "`peft.get_peft_model` has returned."
         )
-    active = [name for name in model.active_adapters if name != CARRIER]
-    if len(active) != 1:
-        raise UnsupportedModelError(
-            f"The model has {len(active)} active adapters ({active}). Allowed: one; call `model.set_adapter(name)`."
-        )
-    config = model.peft_config[active[0]]
-    check_peft_type(f"The adapter `{active[0]}`", config)
-    check_start(config)
-    config = cast(LoraConfig, config)
+    adapter = trained_adapter(model)
+    check_start(model.peft_config[adapter])
+    config = cast(LoraConfig, model.peft_config[adapter])
     if config.init_lora_weights not in PLAIN_STARTS:
         raise UnsupportedModelError(
-            f"The adapter `{active[0]}` was started with `init_lora_weights={config.init_lora_weights!r}`, which has "
+            f"The adapter `{adapter}` was started with `init_lora_weights={config.init_lora_weights!r}`, which has "
             "already changed the base weights. Pass the plain model together with `peft_config`: the start then "
             "becomes the residual of round 0."
         )
@@ -287,9 +302,7 @@ def _decide(model: PeftModel, sites: Mapping[str, LoraSite], storage: str) -> st
 
 def _why_not_base(model: PeftModel, sites: Mapping[str, LoraSite]) -> tuple[str, str]:
     """Why a residual cannot be added to the base weights, and how it could be; both empty if it can."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter.data_ptr(), []).append(name)
+    places = places_of(model)
     for name, site in sites.items():
         weight = site.base_weight
         if site.layout.quantized:
@@ -304,7 +317,7 @@ def _why_not_base(model: PeftModel, sites: Mapping[str, LoraSite]) -> tuple[str,
                 "of it is lost in bfloat16).",
                 ", or load the model with `dtype=torch.float32`",
             )
-        shared = owners[weight.data_ptr()]
+        shared = places[weight.data_ptr()]
         if len(shared) > 1:
             return (
                 f"The base weight of `{name}` is one tensor with several places in the model ({', '.join(shared)}): "
@@ -344,7 +357,3 @@ def _check_no_running_statistics(model: nn.Module) -> None:
                 f"`{name}` keeps running statistics, which would leak from one client to the next. Replace it by "
                 "`LayerNorm` or `GroupNorm`, or set `track_running_stats=False`."
             )
-
-
-def _snapshot(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().to("cpu", copy=True)

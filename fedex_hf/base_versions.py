@@ -40,9 +40,6 @@ class LedgerMismatchError(ValueError):
 def base_digest(adapted: AdaptedModel) -> str:
     """SHA-256 of a model's frozen weights as they were before any residual; reads all of them."""
     digest = hashlib.sha256()
-    for module in adapted.model.modules():
-        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
-            module.state_dict()  # bitsandbytes repacks 4-bit weights on some CPUs to evaluate; this undoes it
     # By place: PEFT's attention layers make their parameters anew whenever modules are listed.
     originals = {adapted.sites[name].base_weight.data_ptr(): weight for name, weight in adapted.originals.items()}
     unused = {  # the heads that trained ones stand in for: random in a base that has none, and never used

@@ -15,8 +15,9 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from fedex_hf.layouts import UnsupportedModelError
 from fedex_hf.ledger import Ledger
-from fedex_hf.lora_site import LoraSite, UnsupportedModelError
+from fedex_hf.lora_site import PREFIX, LoraSite
 from fedex_hf.low_rank import concatenate, max_useful_rank
 from fedex_hf.updates import LowRankDelta
 
@@ -91,14 +92,14 @@ def attach(model: PeftModel, sites: Mapping[str, LoraSite]) -> dict[str, LoraSit
     config = LoraConfig(
         r=1,
         lora_alpha=1,
-        target_modules=[name.removeprefix("base_model.model.") for name in sites],
+        target_modules=[name.removeprefix(PREFIX) for name in sites],
         fan_in_fan_out=trained.fan_in_fan_out,
         inference_mode=True,
     )
     config.base_model_name_or_path, config.revision = trained.base_model_name_or_path, trained.revision
     model.peft_config[CARRIER] = config
     for site in sites.values():
-        with _trainability_kept(site.layer):
+        with trainability_kept(site.layer):
             site.layer.update_layer(CARRIER, r=1, lora_alpha=1, config=config)
         carrier = site.through(CARRIER)
         empty = [FrozenParameter(torch.zeros_like(each, dtype=torch.float32)) for each in carrier.parameters]
@@ -134,14 +135,14 @@ def is_active(site: LoraSite) -> bool:
 
 def activate(site: LoraSite) -> None:
     """Let the carrier act in the layer's forward pass beside the trained adapter."""
-    with _trainability_kept(site.layer):
+    with trainability_kept(site.layer):
         site.layer.set_adapter([site.adapter, CARRIER])
 
 
 @contextmanager
-def _trainability_kept(layer: nn.Module) -> Iterator[None]:
+def trainability_kept(module: nn.Module) -> Iterator[None]:
     """PEFT thaws all of an adapter that it activates, also what was frozen on purpose."""
-    before = [(each, each.requires_grad) for each in layer.parameters()]
+    before = [(each, each.requires_grad) for each in module.parameters()]
     yield
     for each, requires_grad in before:
         each.requires_grad_(requires_grad)
@@ -163,7 +164,7 @@ def carry(model: PeftModel, site: LoraSite, delta: LowRankDelta | torch.Tensor |
             delta = LowRankDelta(torch.zeros_like(A[..., :1, :]), torch.zeros_like(B[..., :, :1]))
         _carry_factors(site, delta)
     config, rank = cast(LoraConfig, model.peft_config[CARRIER]), site.layer.r[CARRIER]
-    key = f"^{site.name.removeprefix('base_model.model.')}"
+    key = f"^{site.name.removeprefix(PREFIX)}"
     config.rank_pattern = {**(config.rank_pattern or {}), key: rank}
     config.alpha_pattern = {**(config.alpha_pattern or {}), key: site.scaling * rank}
 
@@ -188,13 +189,13 @@ def carried(ledger: Ledger, offset: LowRankDelta | None, site: LoraSite) -> LowR
 
 def held(site: LoraSite) -> torch.Tensor | None:
     """The dense update in a carrier, of shape `(out_features, in_features)`; `None` where it holds factors."""
-    if isinstance(_factor_module(site), Identity):
+    if isinstance(site.module_B, Identity):
         return site.A.detach()
     return None
 
 
 def _carry_factors(site: LoraSite, delta: LowRankDelta) -> None:
-    module = _factor_module(site)
+    module = site.module_B
     if isinstance(module, Identity):
         site.layer.lora_B[CARRIER] = module.instead.to(site.A)  # the model may have moved in the meantime
     site.resize(delta)
@@ -202,7 +203,7 @@ def _carry_factors(site: LoraSite, delta: LowRankDelta) -> None:
 
 def _carry_dense(site: LoraSite, matrix: torch.Tensor) -> None:
     """`I @ matrix`; an embedding, whose factors are no modules, holds the identity, small beside its matrix."""
-    module = _factor_module(site)
+    module = site.module_B
     if module is None:
         site.resize(LowRankDelta(matrix, torch.eye(len(matrix))))
         return
@@ -212,7 +213,3 @@ def _carry_dense(site: LoraSite, matrix: torch.Tensor) -> None:
     A = holder.weight
     holder.weight = FrozenParameter(matrix.reshape(-1, *A.shape[1:]).to(A, copy=True).contiguous())
     site.layer.r[CARRIER], site.layer.scaling[CARRIER] = len(matrix), 1.0
-
-
-def _factor_module(site: LoraSite) -> nn.Module | None:
-    return dict(site.layer.lora_B.items()).get(CARRIER)

@@ -7,7 +7,9 @@ import math
 import torch
 from transformers.utils import logging
 
-from fedex_hf.base_model import AdaptedModel, Ledger, LoraSite
+from fedex_hf.base_model import AdaptedModel
+from fedex_hf.ledger import Ledger
+from fedex_hf.lora_site import LoraSite
 from fedex_hf.plain_lora import plain_lora
 
 
@@ -31,9 +33,9 @@ def name_of_dtype(dtype: torch.dtype) -> str:
 
 def base_dtype(adapted: AdaptedModel) -> torch.dtype:
     """The dtype of the adapted base weights; of a quantized base, that of what is not quantized in it."""
-    weight = next(iter(adapted.sites.values())).base_weight
-    if weight.is_floating_point():
-        return weight.dtype
+    site = next(iter(adapted.sites.values()))
+    if not site.layout.quantized:
+        return site.base_weight.dtype
     return next(each.dtype for each in adapted.model.get_base_model().parameters() if each.is_floating_point())
 
 
@@ -47,10 +49,10 @@ def carrying_dtype(adapted: AdaptedModel, format: str, dtype: torch.dtype | None
     """
     if format == "lora":
         return dtype or torch.float32
-    weight = next(iter(adapted.sites.values())).base_weight
-    if format == "full" and (adapted.storage == "adapter" or not weight.is_floating_point()):
+    site = next(iter(adapted.sites.values()))
+    if format == "full" and (adapted.storage == "adapter" or site.layout.quantized):
         return torch.float32  # all of it is in the adapter
-    return dtype or weight.dtype
+    return dtype or site.base_weight.dtype
 
 
 def measure_survival(adapted: AdaptedModel, ledger: Ledger, format: str, dtype: torch.dtype | None) -> float | None:

@@ -30,8 +30,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fedex_hf.base_model import AdaptedModel, Ledger
+from fedex_hf.base_model import AdaptedModel
 from fedex_hf.base_versions import base_digest
+from fedex_hf.ledger import Ledger
 from fedex_hf.updates import GlobalUpdate, LowRankDelta
 
 

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from fedex_hf import checkpoint as ckpt
 from fedex_hf.aggregators.assignments import offsets_of
 from fedex_hf.aggregators.ranks import start_at_rank
-from fedex_hf.base_model import AdaptedModel, LoraSite
+from fedex_hf.base_model import AdaptedModel
+from fedex_hf.lora_site import LoraSite
 from fedex_hf.updates import GlobalUpdate, LowRankDelta
 
 

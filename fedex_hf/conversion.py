@@ -16,12 +16,13 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from fedex_hf.aggregators.assignments import fresh_factor
-from fedex_hf.base_model import AdaptedModel, check_peft_type
-from fedex_hf.carrier import CARRIER, content
+from fedex_hf.aggregators.assignments import widened
+from fedex_hf.base_model import AdaptedModel, trained_adapter
+from fedex_hf.carrier import CARRIER, content, trainability_kept
+from fedex_hf.layouts import UnsupportedModelError
 from fedex_hf.ledger import Ledger
-from fedex_hf.lora_site import LoraSite, UnsupportedModelError, sites_of
-from fedex_hf.low_rank import compress, concatenate, doubled, energy
+from fedex_hf.lora_site import LoraSite, sites_of
+from fedex_hf.low_rank import at_scaling, compress, concatenate, doubled, energy
 from fedex_hf.plain_lora import config_of, plain_loras
 from fedex_hf.updates import LowRankDelta
 
@@ -62,7 +63,8 @@ def convert_to_plain_lora(model: AdaptedModel | PeftModel) -> PeftModel:
     adapter = next(iter(sites.values())).adapter
     config = config_of(cast(LoraConfig, model.peft_config[adapter]), sites, factors)
     if CARRIER in model.peft_config:
-        _drop_carrier(model)
+        with trainability_kept(model):  # `delete_adapter` thaws whatever stays active
+            model.delete_adapter(CARRIER)
     for name, site in sites.items():
         _put(site, factors[name], factors[name].rank)
     model.peft_config[adapter] = config
@@ -133,12 +135,8 @@ def split(delta: LowRankDelta, rank: int, scaling: float, key: str) -> tuple[Low
         `None` if that is no more than rounding.
     """
     best = compress(doubled(delta), rank, resolution=torch.float32)
-    A, B = best.A, best.B * (best.scaling / scaling)
-    more = rank - best.rank
-    if more > 0:
-        A = torch.cat([A, fresh_factor(A.new_empty(more, A.shape[-1]), f"{key}/{rank}")], dim=-2)
-        B = nn.functional.pad(B, (0, more))
-    kept = LowRankDelta(A.float(), B.float(), scaling)
+    best = widened(at_scaling(best, scaling), rank, f"{key}/{rank}")
+    kept = LowRankDelta(best.A.float(), best.B.float(), scaling)
     rest = concatenate([doubled(delta), replace(doubled(kept), B=-kept.B.double())])
     whole, left = energy(delta), energy(rest)
     rounding = torch.finfo(torch.float32).eps ** 2 * whole
@@ -149,22 +147,14 @@ def split(delta: LowRankDelta, rank: int, scaling: float, key: str) -> tuple[Low
 
 
 def _trained_sites(model: PeftModel) -> dict[str, LoraSite]:
-    active = [name for name in model.active_adapters if name != CARRIER]
-    if len(active) != 1:
-        raise ValueError(
-            f"The model has {len(active)} active adapters beside `{CARRIER}` ({active}). Allowed: one; call "
-            "`model.set_adapter(name)`."
-        )
-    check_peft_type(f"The adapter `{active[0]}`", model.peft_config[active[0]])
-    return sites_of(model, active[0])
+    return sites_of(model, trained_adapter(model))
 
 
 def _put(site: LoraSite, delta: LowRankDelta, alpha: float) -> None:
     """Give a layer other factors, with all that PEFT notes about them."""
     layer, adapter, before = site.layer, site.adapter, site.parameters
-    bias = _lora_bias(site)
-    if bias is not None:  # PEFT scales it as well
-        bias.mul_(site.scaling / delta.scaling)
+    if site.bias is not None:  # PEFT scales it as well
+        site.bias.mul_(site.scaling / delta.scaling)
     A, B = (
         nn.Parameter(each.to(old.device).contiguous(), requires_grad=old.requires_grad)
         for each, old in zip(site.layout.shaped(layer, adapter, delta.A, delta.B), before, strict=True)
@@ -177,16 +167,3 @@ def _put(site: LoraSite, delta: LowRankDelta, alpha: float) -> None:
                 ("out_features", "in_features") if isinstance(module, nn.Linear) else ("out_channels", "in_channels")
             )
             module.__dict__ |= dict(zip(sizes, weight.shape, strict=False))
-
-
-def _lora_bias(site: LoraSite) -> torch.Tensor | None:
-    module = dict(site.layer.lora_B.items()).get(site.adapter)  # none for an embedding
-    return getattr(module, "bias", None)
-
-
-def _drop_carrier(model: PeftModel) -> None:
-    """`delete_adapter`, which thaws whatever stays active."""
-    before = {id(each): each.requires_grad for each in model.parameters()}
-    model.delete_adapter(CARRIER)
-    for each in model.parameters():
-        each.requires_grad_(before[id(each)])

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from fedex_hf.aggregators.base import mean_factors, normalise
-from fedex_hf.base_model import AdaptedModel, Ledger
+from fedex_hf.base_model import AdaptedModel
+from fedex_hf.ledger import Ledger
 from fedex_hf.low_rank import concatenate
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
 
@@ -100,7 +101,7 @@ def measure_exactness(
         ideal = site.matrix(site.dense(weighted_sum(factors, weights)))
         start = site.matrix(site.dense(before.adapters[name]))
         installed, common = adapted.installed(name), adapted.installed_at(name, ledger_before)
-        resolution = adapted.resolution(name)
+        resolution = adapted.precision(name) * _norm(installed)
         noise = NOISE * (_norm(ideal) + _norm(start))
         for update, share in zip(updates, weights.tolist(), strict=True):
             if name in update.offsets:  # as this client's layer held it, rounded

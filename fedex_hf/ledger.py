@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fedex_hf.lora_site import LoraSite
-from fedex_hf.low_rank import compress, concatenate, energy, max_useful_rank
+from fedex_hf.low_rank import at_scaling, compress, concatenate, doubled, lost_energy, max_useful_rank
 from fedex_hf.updates import LowRankDelta
 
 
@@ -62,7 +62,7 @@ class Ledger:
             if name in matrices:
                 matrices[name] = (matrices[name].double() + site.dense(residual)).float()
                 continue
-            before, residual = factors.pop(name, None), _at_scaling(residual, site.scaling)
+            before, residual = factors.pop(name, None), _float32_at(residual, site.scaling)
             total = smallest = residual if before is None else concatenate([before, residual])
             limit = max_useful_rank(total)
             truncated = rank is not None or tolerance is not None
@@ -77,11 +77,7 @@ class Ledger:
     @property
     def lost_energy(self) -> float:
         """Share of the energy that the last `plus` left out, over all layers, between 0 and 1."""
-        cut = sum(delta.cut for delta in self.factors.values())
-        if cut == 0.0:
-            return 0.0
-        kept = sum(float(matrix.double().square().sum()) for matrix in self.matrices.values())
-        return cut / (cut + kept + sum(energy(delta) for delta in self.factors.values()))
+        return lost_energy(self.factors.values(), self.matrices.values())
 
     @property
     def nbytes(self) -> int:
@@ -89,12 +85,10 @@ class Ledger:
         return sum(delta.nbytes for delta in self.factors.values()) + sum(m.nbytes for m in self.matrices.values())
 
 
-def _at_scaling(delta: LowRankDelta, scaling: float) -> LowRankDelta:
+def _float32_at(delta: LowRankDelta, scaling: float) -> LowRankDelta:
     """The same update in float32 with another scaling, which checkpoints take from the layer."""
-    A, B = delta.A.float(), delta.B.float()
-    if delta.scaling != scaling:
-        B = (delta.B.double() * (delta.scaling / scaling)).float()
-    return LowRankDelta(A, B, scaling)
+    exact = at_scaling(doubled(delta), scaling)
+    return LowRankDelta(exact.A.float(), exact.B.float(), scaling)
 
 
 def _has_doubled(before: LowRankDelta, after: LowRankDelta) -> bool:

@@ -31,9 +31,26 @@ def concatenate(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
     if not deltas:
         raise ValueError("`deltas` is empty: there is nothing to sum, and no shape to return a zero of.")
     scaling = deltas[0].scaling
+    deltas = [at_scaling(delta, scaling) for delta in deltas]
     A = torch.cat([delta.A for delta in deltas], dim=-2)
-    B = torch.cat([delta.B * (delta.scaling / scaling) for delta in deltas], dim=-1)
+    B = torch.cat([delta.B for delta in deltas], dim=-1)
     return LowRankDelta(A, B, scaling, cut=sum(delta.cut for delta in deltas))
+
+
+def at_scaling(delta: LowRankDelta, scaling: float) -> LowRankDelta:
+    """The same update with another scaling; the ratio goes into `B`, in its dtype."""
+    if delta.scaling == scaling:
+        return delta
+    return LowRankDelta(delta.A, delta.B * (delta.scaling / scaling), scaling, delta.cut)
+
+
+def padded(delta: LowRankDelta, rank: int) -> LowRankDelta:
+    """The same update with rows of `A` and columns of `B` that are zero, up to a rank."""
+    more = rank - delta.rank
+    if more <= 0:
+        return delta
+    A, B = torch.nn.functional.pad(delta.A, (0, 0, 0, more)), torch.nn.functional.pad(delta.B, (0, more))
+    return LowRankDelta(A, B, delta.scaling, delta.cut)
 
 
 def compress(
@@ -89,13 +106,13 @@ def decompose(
     # Anything below this is rounding of that dtype: it carries nothing and would only cost rank.
     noise = 1e-2 * torch.finfo(resolution).eps * S.amax(-1, keepdim=True)
     numerical = keep = max(int(S.gt(noise).sum(-1).max()), 1)
-    energy = S.square()
+    energies = S.square()
     if tolerance is not None:
-        tail = energy.flip(-1).cumsum(-1).flip(-1)  # what keeping only the singular values before each would lose
+        tail = energies.flip(-1).cumsum(-1).flip(-1)  # what keeping only the singular values before each would lose
         keep = min(keep, max(int(tail.gt(tolerance * tail[..., :1]).sum(-1).max()), 1))
     keep = keep if rank is None else min(keep, rank)
     root = S[..., :keep].sqrt()
-    cut = float(energy[..., keep:numerical].sum())
+    cut = float(energies[..., keep:numerical].sum())
     return LowRankDelta(root[..., :, None] * Vh[..., :keep, :], U[..., :keep] * root[..., None, :], cut=cut)
 
 
@@ -105,11 +122,19 @@ def energy(delta: LowRankDelta) -> float:
     return float(core.square().sum()) * delta.scaling**2
 
 
-def lost_energy(deltas: Iterable[LowRankDelta]) -> float:
-    """Share of the energy that truncations left out of some updates together, between 0 and 1."""
+def lost_energy(deltas: Iterable[LowRankDelta], matrices: Iterable[torch.Tensor] = ()) -> float:
+    """Share of the energy that truncations left out of some updates together, between 0 and 1.
+
+    Args:
+        deltas: Updates, truncated or not.
+        matrices: Further updates, dense, of which nothing was left out.
+    """
     deltas = list(deltas)
     cut = sum(delta.cut for delta in deltas)
-    return cut / (cut + sum(energy(delta) for delta in deltas)) if cut else 0.0
+    if not cut:
+        return 0.0
+    kept = sum(energy(delta) for delta in deltas) + sum(float(each.double().square().sum()) for each in matrices)
+    return cut / (cut + kept)
 
 
 def doubled(delta: LowRankDelta) -> LowRankDelta:

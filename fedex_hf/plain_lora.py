@@ -9,9 +9,10 @@ import torch
 from peft import LoraConfig
 from transformers.utils import logging
 
+from fedex_hf.layouts import AttentionOutputLayout, ExpertsLayout
 from fedex_hf.ledger import Ledger
-from fedex_hf.lora_site import AttentionOutputLayout, ExpertsLayout, LoraSite
-from fedex_hf.low_rank import max_useful_rank, plain_product
+from fedex_hf.lora_site import LoraSite
+from fedex_hf.low_rank import max_useful_rank, padded, plain_product
 from fedex_hf.updates import LowRankDelta
 
 
@@ -58,15 +59,6 @@ def plain_lora(site: LoraSite, ledger: Ledger, dtype: torch.dtype | None = None)
         logger.info(f"`{site.name}`: rank {product.rank}; two factors are as large as the dense weight.")
     dtype = torch.float32 if dtype is None else dtype
     return LowRankDelta(product.A.to(dtype), (product.B * product.scaling).to(dtype), 1.0)
-
-
-def padded(delta: LowRankDelta, rank: int) -> LowRankDelta:
-    """The same update with rows of `A` and columns of `B` that are zero, up to a rank."""
-    more = rank - delta.rank
-    if more <= 0:
-        return delta
-    A = torch.nn.functional.pad(delta.A, (0, 0, 0, more))
-    return LowRankDelta(A, torch.nn.functional.pad(delta.B, (0, more)), delta.scaling)
 
 
 def plain_lora_config(original: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:

@@ -25,7 +25,7 @@ from peft.utils.save_and_load import get_base_model_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from fedex_hf.base_model import AdaptedModel, Ledger, LoraSite
+from fedex_hf.base_model import AdaptedModel, places_of
 from fedex_hf.base_reference import BY_HAND, BaseReference
 from fedex_hf.casting import (
     DTYPES,
@@ -36,7 +36,9 @@ from fedex_hf.casting import (
     name_of_dtype,
     update_of,
 )
-from fedex_hf.lora_site import AttentionLayout
+from fedex_hf.layouts import AttentionLayout
+from fedex_hf.ledger import Ledger
+from fedex_hf.lora_site import LoraSite
 from fedex_hf.plain_lora import config_of, plain_loras
 from fedex_hf.updates import LowRankDelta
 
@@ -296,8 +298,7 @@ def _merged_tensors(
 
 
 def _merged_bias(site: LoraSite, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
-    modules = dict(site.layer.lora_B.items())  # none for an embedding
-    bias = getattr(modules.get(site.adapter), "bias", None)
+    bias = site.bias
     if bias is None or isinstance(site.layout, AttentionLayout):  # which never adds its own
         return
     name = site.weight_name.rpartition(".")[0]
@@ -312,7 +313,5 @@ def _merged_bias(site: LoraSite, dtype: torch.dtype | None) -> Iterator[tuple[st
 
 def _shares_adapted(adapted: AdaptedModel) -> bool:
     """Whether an adapted weight is also the weight of another place in the model, which does not get its update."""
-    places: dict[int, int] = {}
-    for tensor in get_base_model_state_dict(adapted.model).values():
-        places[tensor.data_ptr()] = places.get(tensor.data_ptr(), 0) + 1
-    return any(places[site.base_weight.data_ptr()] > 1 for site in adapted.sites.values())
+    places = places_of(adapted.model)
+    return any(len(places[site.base_weight.data_ptr()]) > 1 for site in adapted.sites.values())

@@ -12,8 +12,9 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fedex_hf.adapter_files import PREFIX, AdapterFile
-from fedex_hf.lora_site import Layout, UnsupportedModelError, sites_of
+from fedex_hf.adapter_files import AdapterFile
+from fedex_hf.layouts import Layout, UnsupportedModelError
+from fedex_hf.lora_site import PREFIX, sites_of
 
 
 class Skeleton:

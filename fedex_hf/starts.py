@@ -15,8 +15,9 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import set_seed
 
+from fedex_hf.layouts import UnsupportedModelError
 from fedex_hf.ledger import Ledger
-from fedex_hf.lora_site import LoraSite, UnsupportedModelError, sites_of
+from fedex_hf.lora_site import LoraSite, sites_of
 from fedex_hf.updates import LowRankDelta
 
 

@@ -15,13 +15,14 @@ from transformers.utils import logging
 
 from fedex_hf import checkpoint as ckpt
 from fedex_hf.aggregators import Aggregator
-from fedex_hf.base_model import AdaptedModel, Ledger
+from fedex_hf.base_model import AdaptedModel
 from fedex_hf.base_versions import present_updates, refuse_stale
 from fedex_hf.callbacks import ClientBridge
 from fedex_hf.client import ClientRunner, FitPlan
 from fedex_hf.client_adapters import install_at_rank, install_client
 from fedex_hf.evaluation import Exactness, measure_exactness
 from fedex_hf.hub_rounds import load_round_model
+from fedex_hf.ledger import Ledger
 from fedex_hf.low_rank import lost_energy
 from fedex_hf.publishing import PublishingTrainer
 from fedex_hf.starts import put_lora_on

@@ -20,7 +20,7 @@ from dataclasses import replace
 
 import torch
 
-from fedex_hf.low_rank import compress, concatenate, plain_product
+from fedex_hf.low_rank import compress, concatenate, padded, plain_product
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
 
 
@@ -59,6 +59,21 @@ def fresh_factor(A: torch.Tensor, key: str) -> torch.Tensor:
     bound = A.shape[-1] ** -0.5
     fresh = torch.empty(A.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
     return fresh.to(A.dtype)
+
+
+def widened(delta: LowRankDelta, rank: int, key: str) -> LowRankDelta:
+    """The same update with further rows of `A` to train from, fresh, and columns of `B` that are zero.
+
+    Args:
+        delta: Factors of at most that rank.
+        rank: Of the result.
+        key: Decides the draw.
+    """
+    more = rank - delta.rank
+    if more <= 0:
+        return delta
+    fresh = fresh_factor(delta.A.new_empty(*delta.A.shape[:-2], more, delta.in_features), key)
+    return LowRankDelta(torch.cat([delta.A, fresh], dim=-2), padded(delta, rank).B, delta.scaling)
 
 
 def keep(update: GlobalUpdate, updates: Sequence[ClientUpdate], client_weights: torch.Tensor) -> GlobalUpdate:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from fedex_hf.aggregators.ranks import WIDE, at_global_rank
-from fedex_hf.low_rank import concatenate
+from fedex_hf.low_rank import at_scaling, concatenate, doubled, padded
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
 
 
@@ -202,7 +202,7 @@ def mean_factors(factors: Sequence[LowRankDelta], weights: torch.Tensor) -> LowR
     first = factors[0]
     if any(delta.rank != first.rank or delta.scaling != first.scaling for delta in factors):
         rank = max(delta.rank for delta in factors)
-        factors = [_padded(delta, rank, first.scaling) for delta in factors]
+        factors = [padded(at_scaling(doubled(delta), first.scaling), rank) for delta in factors]
     A = weighted_mean([delta.A for delta in factors], weights).to(first.A.dtype)
     B = weighted_mean([delta.B for delta in factors], weights).to(first.B.dtype)
     return LowRankDelta(A, B, first.scaling)
@@ -221,13 +221,6 @@ def _rounded(mean: LowRankDelta, like: LowRankDelta) -> tuple[LowRankDelta, LowR
         return mean, None
     rounded = LowRankDelta(mean.A.to(like.A.dtype), mean.B.to(like.B.dtype), mean.scaling)
     return rounded, None if like.A.dtype in WIDE else lost_by_rounding(mean, rounded)
-
-
-def _padded(delta: LowRankDelta, rank: int, scaling: float) -> LowRankDelta:
-    missing = rank - delta.rank
-    A = torch.nn.functional.pad(delta.A.double(), (0, 0, 0, missing))
-    B = torch.nn.functional.pad(delta.B.double(), (0, missing)) * (delta.scaling / scaling)
-    return LowRankDelta(A, B, scaling)
 
 
 def _check_same_layout(updates: Sequence[ClientUpdate]) -> None:

@@ -21,8 +21,8 @@ from dataclasses import replace
 
 import torch
 
-from fedex_hf.aggregators.assignments import fresh_factor
-from fedex_hf.low_rank import concatenate, doubled
+from fedex_hf.aggregators.assignments import widened
+from fedex_hf.low_rank import at_scaling, concatenate, doubled
 from fedex_hf.updates import ClientUpdate, LowRankDelta
 
 
@@ -57,12 +57,8 @@ def start_at_rank(mean: LowRankDelta, rank: int, scaling: float, key: str) -> tu
         offset.append(LowRankDelta(mean.A[..., kept:, :], mean.B[..., :, kept:], mean.scaling))
     if mean.B.dtype not in WIDE:
         offset.append(LowRankDelta(A.float(), (wanted - B.double()).float(), scaling))
-    if rank > kept:
-        more = rank - kept
-        fresh = fresh_factor(mean.A.new_empty(*mean.A.shape[:-2], more, mean.in_features), key)
-        A = torch.cat([A, fresh], dim=-2)
-        B = torch.cat([B, mean.B.new_zeros(*mean.B.shape[:-1], more)], dim=-1)
-    return LowRankDelta(A.contiguous(), B.contiguous(), scaling), concatenate(offset) if offset else None
+    own = widened(LowRankDelta(A.contiguous(), B.contiguous(), scaling), rank, key)
+    return own, concatenate(offset) if offset else None
 
 
 def at_global_rank(
@@ -103,8 +99,7 @@ def at_global_rank(
 
 def _stacked(update: ClientUpdate, layer: str, like: LowRankDelta) -> LowRankDelta:
     """A client's rows and those of its offset, float64, in the global scaling."""
-    own = doubled(update.adapters[layer])
-    own = LowRankDelta(own.A, own.B * (own.scaling / like.scaling), like.scaling)
+    own = at_scaling(doubled(update.adapters[layer]), like.scaling)
     return concatenate([own, doubled(update.offsets[layer])]) if layer in update.offsets else own
 
 
