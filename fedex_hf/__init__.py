@@ -11,7 +11,7 @@ from fedex_hf.aggregators import (
     get_aggregator,
 )
 from fedex_hf.base_model import AdaptedModel
-from fedex_hf.base_versions import LedgerDifference, LedgerMismatchError, StaleUpdateError
+from fedex_hf.base_versions import StaleUpdateError
 from fedex_hf.callbacks import FederatedCallback
 from fedex_hf.checkpoint import CheckpointMismatchError, RoundState
 from fedex_hf.conversion import convert_from_plain_lora, convert_to_plain_lora
@@ -21,6 +21,7 @@ from fedex_hf.hub_files import UnsafeRepositoryError
 from fedex_hf.hub_rounds import UnloadableRoundError
 from fedex_hf.layouts import UnsupportedModelError
 from fedex_hf.ledger import Ledger
+from fedex_hf.ledger_difference import LedgerDifference, LedgerMismatchError
 from fedex_hf.partition import describe_partition, partition_dataset
 from fedex_hf.saving import SavedModel
 from fedex_hf.tensor_files import AdapterFormatError

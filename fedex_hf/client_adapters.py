@@ -70,7 +70,7 @@ def install_at_rank(
     """
     own, offsets = {}, {}
     for name, site in adapted.sites.items():
-        mean, scaling = federation.state.adapters[name], _scaling_at(adapted, site, rank)
+        mean, scaling = federation.state.adapters[name], scaling_at(adapted, site, rank)
         own[name], offset = start_at_rank(mean, rank, scaling, f"{key}/{name}")
         if offset is not None:
             offsets[name] = offset
@@ -80,7 +80,7 @@ def install_at_rank(
     return offsets
 
 
-def _scaling_at(adapted: AdaptedModel, site: LoraSite, rank: int) -> float:
+def scaling_at(adapted: AdaptedModel, site: LoraSite, rank: int) -> float:
     """PEFT's scaling of a layer if it had another rank."""
     config = cast(LoraConfig, adapted.model.peft_config[site.adapter])
 

@@ -16,11 +16,11 @@ from transformers.utils import logging
 from fedex_hf import checkpoint as ckpt
 from fedex_hf.aggregators import Aggregator
 from fedex_hf.base_model import AdaptedModel
-from fedex_hf.base_versions import LedgerDifference, LedgerHistory
 from fedex_hf.client import ClientRunner
 from fedex_hf.client_adapters import NOT_PUBLISHED, read_client_adapters, write_client_adapters
 from fedex_hf.evaluation import Exactness
 from fedex_hf.hub_rounds import find_round, read_exactness, write_origin
+from fedex_hf.ledger_difference import LedgerDifference, LedgerHistory
 from fedex_hf.trainer_utils import without_token
 from fedex_hf.training_args import FederatedTrainingArguments
 

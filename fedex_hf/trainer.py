@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from statistics import mean
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -80,6 +80,8 @@ class FederatedTrainer(PublishingTrainer):
         federation: The `RoundState` after the last completed round.
     """
 
+    runner_class: ClassVar[type[ClientRunner]] = ClientRunner
+
     def __init__(
         self,
         model: nn.Module | str = None,  # type: ignore[assignment]  # optional in `Trainer`; refused if missing
@@ -136,9 +138,8 @@ class FederatedTrainer(PublishingTrainer):
         super().__init__(model=model, args=args, eval_dataset=eval_dataset, callbacks=callbacks, **shared)
         self.train_dataset = clients
         trainer_kwargs = {"model": model, **shared, **(client_trainer_kwargs or {})}
-        self.clients = ClientRunner(
-            client_trainer_cls, trainer_kwargs, args, clients, eval_dataset, ClientBridge(self)
-        )
+        bridge = ClientBridge(self)
+        self.clients = self.runner_class(client_trainer_cls, trainer_kwargs, args, clients, eval_dataset, bridge)
         self.eval_dataset = self.clients.trainer.eval_dataset  # a client's class may have prepared it
         self.data_collator = self.clients.trainer.data_collator
         self.processing_class = self.clients.trainer.processing_class
@@ -184,7 +185,17 @@ class FederatedTrainer(PublishingTrainer):
         start_time = time.perf_counter()
         clients = self.sample_clients(round)
         self._call_federated("on_round_begin", round=round, clients=clients)
-        updates = self.leave_out_stale(self.collect_updates(clients, round))
+        return self.complete_round(round, self.collect_updates(clients, round), start_time)
+
+    def complete_round(self, round: int, updates: Sequence[ClientUpdate], start_time: float) -> dict[str, float]:
+        """What follows once a round's updates are there: aggregate, install, measure, log.
+
+        Args:
+            round: Server round, counted from 1.
+            updates: What the clients sent.
+            start_time: Of the round, by `time.perf_counter`, seconds.
+        """
+        updates = self.leave_out_stale(updates)
         before, ledger_before = self.federation.state, self.federation.ledger
         update = self.aggregate(round, updates)
         self._call_federated("on_aggregate", round=round, updates=updates, update=update)
@@ -202,7 +213,7 @@ class FederatedTrainer(PublishingTrainer):
 
     def sample_clients(self, round: int) -> list[str]:
         """The clients of a round: a pure function of `args.seed` and `round`, in the federation's order."""
-        order = list(self.clients.datasets)
+        order = list(self.clients.order)
         wanted = sampled_per_round(self.args, len(order))
         if wanted == len(order):
             return order
@@ -236,17 +247,31 @@ class FederatedTrainer(PublishingTrainer):
                 # Whatever happened, the model is the last good round's again, and the steps are those planned.
                 self.restore_global_state()
                 self.state.global_step = planned
+        self.check_quorum(round, clients, updates)
+        self.add_train_loss(updates, self.state.global_step - before)
+        return updates
+
+    def check_quorum(self, round: int, clients: Sequence[str], updates: Sequence[ClientUpdate]) -> None:
+        """Refuse a round that too few clients took part in.
+
+        Raises:
+            RuntimeError: If there are fewer than `args.min_clients` updates.
+        """
         if len(updates) < self.args.min_clients:
             raise RuntimeError(
                 f"Round {round}: {len(updates)} of {len(clients)} clients sent an update, fewer than "
                 f"`min_clients={self.args.min_clients}`. The model is that of round {self.federation.round}; mend the "
                 "clients named above and resume, or lower `min_clients`."
             )
-        # `Trainer` divides its loss by all steps: the steps of clients left out count with the mean of the others.
+
+    def add_train_loss(self, updates: Sequence[ClientUpdate], planned_steps: int) -> None:
+        """Add a round to the run's training loss, which `Trainer` divides by all steps that were planned.
+
+        The steps of clients left out count with the mean of the others.
+        """
         steps = sum(update.metrics["steps"] for update in updates)
         loss = sum(update.metrics["train_loss"] * update.metrics["steps"] for update in updates)
-        self._tr_loss = self._tr_loss + loss * ((self.state.global_step - before) / steps)
-        return updates
+        self._tr_loss = self._tr_loss + loss * (planned_steps / steps)
 
     def fit_client(self, client_id: str, round: int) -> ClientUpdate:
         """One client's local fit from the global state; the model is left holding the client's weights.

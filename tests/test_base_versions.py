@@ -30,8 +30,9 @@ from fedex_hf import (
     LowRankDelta,
     StaleUpdateError,
 )
-from fedex_hf.base_versions import LedgerHistory, base_digest, version_of
+from fedex_hf.base_versions import base_digest, version_of
 from fedex_hf.checkpoint import checkpoints_in
+from fedex_hf.ledger_difference import LedgerHistory
 
 
 ROUNDS, MISSED = 9, 5
