@@ -114,15 +114,11 @@ def load_round(
     """
     folder = Path(directory) / FOLDER
     meta = read_meta(directory)
-    differing = [key for key in fingerprint if meta["fingerprint"].get(key) != _jsonable(fingerprint[key])]
+    differing = difference_between(meta["fingerprint"], _jsonable(fingerprint), "there", "here")
     if differing:
         raise CheckpointMismatchError(
-            f"The checkpoint `{directory}` belongs to another run: "
-            + "; ".join(
-                _difference(key, meta["fingerprint"].get(key), _jsonable(fingerprint[key])) for key in differing
-            )
-            + ". Resume with the model, adapter, aggregator and clients it was written with, or start anew in another "
-            "`output_dir`."
+            f"The checkpoint `{directory}` belongs to another run: {differing}. Resume with the model, adapter, "
+            "aggregator and clients it was written with, or start anew in another `output_dir`."
         )
     if meta["digest"] != _digest(folder, meta["round"]):
         raise CheckpointMismatchError(
@@ -331,12 +327,27 @@ def _jsonable(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _difference(key: str, there: Any, here: Any) -> str:
-    if isinstance(there, dict) and isinstance(here, dict):
-        names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-        told = [f"`{name}` is {there.get(name)} there and {here.get(name)} here" for name in names[:3]]
-        return f"{key}: {', '.join(told)}{' and more' if len(names) > 3 else ''}"
-    return f"{key} is {there} there and {here} here"
+def difference_between(theirs: Mapping[str, Any], ours: Mapping[str, Any], there: str, here: str) -> str:
+    """In words, where settings differ from ours; empty if ours are all the same there.
+
+    Args:
+        theirs, ours: JSON values.
+        there, here: Where each was found.
+    """
+
+    def told(key: str, their: Any, our: Any) -> str:
+        return f"{key} is {their} {there} and {our} {here}"
+
+    parts = []
+    for key in [key for key in ours if theirs.get(key) != ours[key]]:
+        their, our = theirs.get(key), ours[key]
+        if isinstance(their, dict) and isinstance(our, dict):
+            names = [name for name in {**their, **our} if their.get(name) != our.get(name)]
+            inner = [told(f"`{name}`", their.get(name), our.get(name)) for name in names[:3]]
+            parts.append(f"{key}: {', '.join(inner)}{' and more' if len(names) > 3 else ''}")
+        else:
+            parts.append(told(key, their, our))
+    return "; ".join(parts)
 
 
 def _fsync(path: Path) -> None:

@@ -68,16 +68,24 @@ def install_at_rank(
     Returns:
         Layer name -> the offset that was added; empty where the client's rank is at least the global one.
     """
-    own, offsets = {}, {}
-    for name, site in adapted.sites.items():
-        mean, scaling = federation.state.adapters[name], scaling_at(adapted, site, rank)
-        own[name], offset = start_at_rank(mean, rank, scaling, f"{key}/{name}")
-        if offset is not None:
-            offsets[name] = offset
+    own, offsets = start_of(adapted, federation.state, rank, key)
     if offsets:
         adapted.install(federation.ledger, offsets)
     adapted.write_client(GlobalUpdate(adapters=own, tensors=federation.state.tensors))
     return offsets
+
+
+def start_of(
+    adapted: AdaptedModel, state: GlobalUpdate, rank: int, key: str
+) -> tuple[dict[str, LowRankDelta], dict[str, LowRankDelta]]:
+    """What a client of another rank starts from: its factors, and the offsets of its base; installs nothing."""
+    own, offsets = {}, {}
+    for name, site in adapted.sites.items():
+        scaling = scaling_at(adapted, site, rank)
+        own[name], offset = start_at_rank(state.adapters[name], rank, scaling, f"{key}/{name}")
+        if offset is not None:
+            offsets[name] = offset
+    return own, offsets
 
 
 def scaling_at(adapted: AdaptedModel, site: LoraSite, rank: int) -> float:

@@ -334,7 +334,7 @@ class PublishingTrainer(RoundTrainer):
         # Optimizer states belong to the clients and stay with them.
         federation = replace(self.federation, optimizer_states={})
         write_origin(folder / ckpt.FOLDER, self.adapted, self.exactness)
-        ckpt.save_round(folder, federation, self._fingerprint(), list(self.clients.datasets))
+        ckpt.save_round(folder, federation, self.fingerprint(), list(self.clients.datasets))
         tag = tag_of(self.federation.round)
         saved = save_model(
             self.adapted,

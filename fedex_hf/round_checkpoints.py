@@ -69,7 +69,7 @@ class CheckpointedTrainer(Trainer):
     @cached_property
     def ledger_history(self) -> LedgerHistory:
         """The residuals of the last rounds."""
-        base = self._fingerprint()[ckpt.BASE]
+        base = self.fingerprint()[ckpt.BASE]
         return LedgerHistory(base, self.args.residual_rank, self.args.residual_tolerance)
 
     # ---- On the disk ----
@@ -89,7 +89,7 @@ class CheckpointedTrainer(Trainer):
             write_origin(folder / ckpt.FOLDER, self.adapted, self.exactness)
             clients = list(self.clients.datasets)
             write_client_adapters(folder, self.federation.client_adapters, clients)
-            ckpt.save_round(folder, self.federation, self._fingerprint(), clients)
+            ckpt.save_round(folder, self.federation, self.fingerprint(), clients)
         ckpt.rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
 
     def _checkpoint_path(self) -> Path:
@@ -141,12 +141,13 @@ class CheckpointedTrainer(Trainer):
         # Optimizer states are pickles: read only where they are needed, and never from the Hub (`find_round`).
         clients = list(self.clients.datasets)
         with_optimizers = clients if self.args.client_optimizer_state == "keep" else None
-        federation = ckpt.load_round(directory, self._fingerprint(), self.adapted, with_optimizers)
+        federation = ckpt.load_round(directory, self.fingerprint(), self.adapted, with_optimizers)
         if self.aggregator.keeps_client_adapters:
             federation.client_adapters = read_client_adapters(directory, self.adapted, clients)
         return federation
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to continue this run; the first call reads the whole base."""
         if self._cached_fingerprint is None:
             plain = {name: value for name, value in vars(self.aggregator).items() if isinstance(value, _PLAIN)}
             self._cached_fingerprint = ckpt.fingerprint_of(

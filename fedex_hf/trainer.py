@@ -288,8 +288,7 @@ class FederatedTrainer(PublishingTrainer):
         if rank is None:
             offsets = install_client(self.adapted, self.federation, client_id)
         else:
-            key = f"{self.args.seed}/{round}/{client_id}"
-            offsets = install_at_rank(self.adapted, self.federation, rank, key)
+            offsets = install_at_rank(self.adapted, self.federation, rank, self.rank_key(client_id, round))
         plan = FitPlan(
             round=round,
             num_rounds=self.args.num_rounds,
@@ -318,6 +317,10 @@ class FederatedTrainer(PublishingTrainer):
         if self.args.client_optimizer_state == "keep":
             self._new_optimizer_states[client_id] = self.clients.optimizer_state()
         return update
+
+    def rank_key(self, client_id: str, round: int) -> str:
+        """What decides the rows that a client of larger rank than the global one starts with."""
+        return f"{self.args.seed}/{round}/{client_id}"
 
     def client_weights(self, updates: Sequence[ClientUpdate]) -> list[float]:
         """Weights of the updates, not normalised: examples, or one each, by `args.client_weighting`."""

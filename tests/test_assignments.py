@@ -503,7 +503,7 @@ def test_a_run_with_another_assignment_is_another_run(kept_run, tmp_path, other)
 def test_checkpoints_from_before_the_assignments_are_resumed(tmp_path):
     """Their fingerprint knows nothing of it, and neither does that of a run that averages."""
     trainer = trained(tmp_path, num_rounds=1)
-    assert trainer._fingerprint()["aggregator"] == {"name": "fedex", "residual_rank": None, "is_exact": True}
+    assert trainer.fingerprint()["aggregator"] == {"name": "fedex", "residual_rank": None, "is_exact": True}
     found = inspect(str(ckpt.checkpoints_in(tmp_path)[0]))
     assert "assignment" not in found["settings"]
     assert not list(tmp_path.rglob("*.private"))

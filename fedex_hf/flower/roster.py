@@ -1,0 +1,165 @@
+"""Which node is which client, how large its data is, and which base it holds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedex_hf.checkpoint import difference_between
+from fedex_hf.flower import wire
+from fedex_hf.flower.post import POLL_SECONDS, Post
+
+
+logger = logging.getLogger("flwr")
+
+_SAY_WHO_IS_MISSING_SECONDS = 60.0
+_MOST_STEPS = 10**6  # of one fit
+
+
+@dataclass
+class Member:
+    """A client that is connected.
+
+    Args:
+        client_id: The client.
+        node_id: Flower's node that speaks for it.
+        num_examples: Training examples that it holds.
+        num_steps: Optimizer steps of one fit.
+        num_samples: Training samples that one fit reads, epochs counted.
+        holds: Version of the base that it holds; `None` if nothing is known, so that it is sent the whole ledger.
+    """
+
+    client_id: str
+    node_id: int
+    num_examples: int
+    num_steps: int
+    num_samples: float
+    holds: str | None
+
+
+class Roster:
+    """The clients that are connected; every node is asked once who it is, and again in the round after it failed.
+
+    Args:
+        clients: The federation's clients.
+        settings: What both sides have to agree on, see `agreed_settings`.
+        post: Sends messages.
+    """
+
+    def __init__(self, clients: Sequence[str], settings: Mapping[str, Any], post: Post) -> None:
+        self.clients = list(clients)
+        self.settings = settings
+        self.post = post
+        self.members: dict[str, Member] = {}
+        self.known: dict[str, Member] = {}  # also those that are away
+        self._refused: set[int] = set()
+
+    def refresh(self, grid: Grid) -> None:
+        """Drop the clients whose nodes are gone, and ask new nodes who they are."""
+        names = {node.node_id: node.name for node in grid.get_nodes()}
+        for member in [each for each in self.members.values() if each.node_id not in names]:
+            self.release(member.client_id, "its node is gone")
+        taken = {member.node_id for member in self.members.values()} | self._refused
+        new = [node_id for node_id in names if node_id not in taken]
+        messages = [Message(RecordDict(), node_id, MessageType.QUERY, group_id="join") for node_id in new]
+        for reply in self.post.exchange(messages):
+            node_id = self.post.sender_of(reply)
+            if node_id is None:
+                continue
+            try:
+                self._admit(self._read(node_id, reply, names[node_id]))
+            except ValueError as error:
+                self._refused.add(node_id)
+                logger.warning("Node %d is turned away: %s", node_id, error)
+        for node_id in self.post.unanswered():
+            self._refused.add(node_id)
+            logger.warning("Node %d does not say which client it is; it is asked again in the next round.", node_id)
+
+    def gather(self, grid: Grid, clients: Sequence[str], least: int, timeout: float) -> list[Member]:
+        """The clients of a round that are connected, after waiting for the others.
+
+        Args:
+            grid: Flower's connection to the nodes.
+            clients: Those that were sampled.
+            least: Number of them to wait for without end.
+            timeout: Seconds to wait for all of them.
+        """
+        began, said = time.monotonic(), -_SAY_WHO_IS_MISSING_SECONDS
+        while True:
+            waited = time.monotonic() - began
+            if waited - said >= _SAY_WHO_IS_MISSING_SECONDS:
+                self._refused.clear()  # who was turned away may have been mended
+            self.refresh(grid)
+            missing = [client_id for client_id in clients if client_id not in self.members]
+            if not missing or (len(clients) - len(missing) >= least and waited >= timeout):
+                break
+            if waited - said >= _SAY_WHO_IS_MISSING_SECONDS:
+                said = waited
+                logger.info("Waiting for %s to connect", ", ".join(f"`{client_id}`" for client_id in missing))
+            time.sleep(POLL_SECONDS)
+        if missing:
+            logger.warning("Left out, because they are not connected: %s", ", ".join(missing))
+        return [self.members[client_id] for client_id in clients if client_id in self.members]
+
+    def release(self, client_id: str, reason: str) -> None:
+        """Forget the node of a client, which then has to say again who it is and what it holds."""
+        if self.members.pop(client_id, None) is not None:
+            logger.info("Client `%s` left: %s", client_id, reason)
+
+    def _read(self, node_id: int, reply: Message, name: str) -> Member:
+        sender = f"Node {node_id}"
+        if reply.has_error():
+            raise wire.PayloadError(f"its app failed: {reply.error.reason}")
+        config = wire.only(reply.content, wire.CONFIG)
+        client_id = config.get("client-id")
+        if client_id not in self.clients:
+            raise wire.PayloadError(
+                f"it says that it is {client_id!r}, which is no client of this federation. Allowed: "
+                f"{', '.join(map(repr, self.clients[:10]))}."
+            )
+        if name not in ("", client_id):
+            raise wire.PayloadError(f"it is registered as {name!r} and says that it is {client_id!r}.")
+        self._refuse_other_settings(str(client_id), str(config.get("settings")))
+        holds = config.get("base-version")
+        return Member(
+            client_id=str(client_id),
+            node_id=node_id,
+            num_examples=wire.number(config, "num-examples", int, sender, least=1),
+            num_steps=wire.number(config, "num-steps", int, sender, least=1, most=_MOST_STEPS),
+            num_samples=wire.number(config, "num-samples", float, sender),
+            holds=holds if isinstance(holds, str) else None,
+        )
+
+    def _refuse_other_settings(self, client_id: str, settings: str) -> None:
+        try:
+            theirs = dict(json.loads(settings))
+        except ValueError as error:
+            raise wire.PayloadError(f"the settings of `{client_id}` cannot be read: {error}.") from error
+        differing = difference_between(theirs, self.settings, f"at `{client_id}`", "on the server")
+        if differing:
+            raise wire.PayloadError(
+                f"{differing[:1000]}. Give server and clients the same model, adapter and arguments."
+            )
+
+    def _admit(self, member: Member) -> None:
+        other = self.members.get(member.client_id)
+        if other is not None:
+            raise wire.PayloadError(
+                f"`{member.client_id}` is connected already, as node {other.node_id}. If that one was restarted, this "
+                "one takes its place once it does not answer any more."
+            )
+        self.members[member.client_id] = self.known[member.client_id] = member
+        logger.info(
+            "Client `%s` joined as node %d: %d examples, %d steps per round",
+            member.client_id,
+            member.node_id,
+            member.num_examples,
+            member.num_steps,
+        )
