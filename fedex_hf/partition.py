@@ -90,8 +90,18 @@ def partition_dataset(
         _check_alpha(dirichlet_alpha)
         labels = _labels(dataset, partition_by)
         shares = dirichlet_indices(labels, num_clients, dirichlet_alpha, seed, min_examples)
-    width = len(str(num_clients - 1))
-    return {f"client-{i:0{width}d}": _select(dataset, rows) for i, rows in enumerate(shares)}
+    return {name: _select(dataset, rows) for name, rows in zip(client_names(len(shares)), shares, strict=True)}
+
+
+def client_names(number: int) -> list[str]:
+    """Names of clients that nobody has named, sorted: `"client-0"`, ... with zero-padded numbers.
+
+    Example:
+        >>> client_names(11)[-2:]
+        ['client-09', 'client-10']
+    """
+    width = len(str(number - 1))
+    return [f"client-{index:0{width}d}" for index in range(number)]
 
 
 def describe_partition(clients: Mapping[str, MapDataset], label_column: str = "label") -> dict[str, dict[str, int]]:

@@ -17,6 +17,7 @@ from fedex_hf.flower.post import Post
 from fedex_hf.flower.roster import Member, Roster
 from fedex_hf.flower.server import RemoteClients, RemoteDataset, ServerTrainer, wants_evaluation
 from fedex_hf.flower.settings import agreed_settings, refuse_kept_states
+from fedex_hf.partition import client_names
 from fedex_hf.training_args import FederatedTrainingArguments
 from fedex_hf.updates import ClientUpdate, LowRankDelta
 
@@ -40,6 +41,7 @@ class FedExStrategy(Strategy):
         args: Arguments of the run; clients need the same seeds and schedule.
         clients: The federation's clients, in the order that decides their seeds; `client-0`, `client-1`, ... of
             `args.num_clients` if `None`.
+        timeout: Seconds to wait for the replies of a round or an evaluation.
         connect_timeout: Seconds to wait, at the start of a round, for sampled clients that are not connected. For
             `args.min_clients` of them it waits for ever.
         evaluate_on_clients: Whether clients evaluate each evaluated round on their own `eval_dataset`; if `None`, only
@@ -59,11 +61,12 @@ class FedExStrategy(Strategy):
         model: nn.Module | str,
         args: FederatedTrainingArguments,
         clients: Sequence[str] | None = None,
+        timeout: float = 3600.0,
         connect_timeout: float = 60.0,
         evaluate_on_clients: bool | None = None,
         **trainer_kwargs: Any,
     ) -> None:
-        names = [f"client-{number}" for number in range(args.num_clients or 3)] if clients is None else list(clients)
+        names = client_names(args.num_clients or 3) if clients is None else list(clients)
         if len(set(names)) != len(names):
             raise ValueError(f"`clients={names}` names a client twice. Give each its own name.")
         has_data = trainer_kwargs.get("eval_dataset") is not None
@@ -75,7 +78,7 @@ class FedExStrategy(Strategy):
         )
         refuse_kept_states(self.trainer)
         self.trainer.strategy = self
-        self.connect_timeout = connect_timeout
+        self.timeout, self.connect_timeout = timeout, connect_timeout
         self._post = Post()
         self._roster = Roster(names, agreed_settings(self.trainer), self._post)
         cast(RemoteClients, self.trainer.clients).members = self._roster.known
@@ -102,7 +105,7 @@ class FedExStrategy(Strategy):
         grid: Grid,
         initial_arrays: ArrayRecord | None = None,
         num_rounds: int | None = None,
-        timeout: float = 3600,
+        timeout: float | None = None,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[..., Any] | None = None,
@@ -112,7 +115,8 @@ class FedExStrategy(Strategy):
         Args:
             grid: Flower's connection to the nodes.
             initial_arrays, num_rounds, evaluate_fn: Refused: the model, the arguments and `eval_dataset` say these.
-            timeout: Seconds to wait for a round's replies; clients that have not answered by then are left out.
+            timeout: Seconds to wait for replies; clients that have not answered by then are left out. `None` takes the
+                strategy's.
             train_config, evaluate_config: Further entries of the messages, for mods.
 
         Returns:
@@ -132,7 +136,7 @@ class FedExStrategy(Strategy):
             )
         logger.info("Starting %s:", type(self).__name__)
         self.summary()
-        self._post.grid, self._post.timeout = grid, timeout
+        self._post.grid, self._post.timeout = grid, self.timeout if timeout is None else timeout
         self._configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         self._result = Result()
         try:

@@ -1,0 +1,1 @@
+"""Federated LoRA on a GLUE task, on Flower."""
