@@ -193,8 +193,15 @@ class RoundTrainer(CheckpointedTrainer):
 
     @contextmanager
     def _fit_of(self, client_id: str, round: int) -> Iterator[None]:
-        """Names the client in the progress bar and in the logs of the steps inside."""
+        """Names the client in the progress bar and in the logs of the steps inside.
+
+        A fit that is no part of a run, as on a machine of its own, is to callbacks a training of its own.
+        """
         self._fitting = {"client_id": client_id, "round": round}
+        alone = not self.is_in_train
+        if alone:
+            self.state.max_steps = self.state.global_step + self.clients.num_steps(client_id)
+            self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.set_description(f"round {round}/{self.args.num_rounds} {client_id}")
@@ -202,6 +209,9 @@ class RoundTrainer(CheckpointedTrainer):
             yield
         finally:
             self._fitting = None
+            if alone:
+                self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+                self.control.should_training_stop = False
 
     def count_client_step(self) -> None:
         """One optimizer step of the client that is being fitted."""

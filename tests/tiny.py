@@ -190,7 +190,13 @@ def trained(model: PeftModel) -> dict[str, torch.Tensor]:
 def same_bytes(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     """Whether two dictionaries of tensors are equal bit for bit."""
     return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype
-        and left[name].numpy(force=True).tobytes() == right[name].numpy(force=True).tobytes()
-        for name in left
+        left[name].dtype == right[name].dtype and _bytes(left[name]) == _bytes(right[name]) for name in left
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return (
+        tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        if tensor.ndim
+        else repr(tensor).encode()
     )

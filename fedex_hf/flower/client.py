@@ -57,7 +57,8 @@ def make_client_app(trainer_fn: Callable[[Context], FederatedTrainer], mods: Seq
     def train(message: Message, context: Context) -> Message:
         client = RemoteClient(trainer_fn(context))
         client.catch_up(message.content)
-        return _inside(mods, client.train)(message, context)
+        client.take(message.content)
+        return client.train(message, context) if not mods else client.train_inside(mods, message, context)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -133,11 +134,21 @@ class RemoteClient:
         self._keep()
         logger.info("%s: base brought up to date by %.2f MB of residuals", self.client_id, difference.nbytes / 1e6)
 
-    def train(self, message: Message, context: Context) -> Message:
-        """Fit from the global state that a message brings.
+    def take(self, content: RecordDict) -> None:
+        """Go on from the global state that a message brings.
 
         Raises:
-            PayloadError: If the message does not fit the model.
+            PayloadError: If it does not fit the model.
+        """
+        trainer, arrays = self.trainer, wire.only(content, wire.ARRAYS)
+        round = wire.number(wire.only(content, wire.CONFIG), "round", int, "The server")
+        state = wire.decode_state(arrays, trainer.adapted, trainer.aggregator.trained_factors, "The server")
+        trainer.federation = ckpt.RoundState(round, state, trainer.adapted.ledger)
+
+    def train(self, message: Message, context: Context) -> Message:
+        """Fit from the state that was taken.
+
+        Raises:
             NonFiniteUpdateError: If the result holds NaN or Inf.
         """
         trainer, config = self.trainer, wire.only(message.content, wire.CONFIG)
@@ -148,7 +159,7 @@ class RemoteClient:
         # Seeds go by a client's place, and where a stream goes on by the rounds in which that place was sampled.
         trainer.clients.order = {self.client_id if each == place else f"/{each}": each for each in range(others)}
         trainer.args.client_ranks = {self.client_id: rank} if rank else None
-        self._take(message, round - 1)
+        trainer.federation.round = round - 1
         update = trainer.fit_client(self.client_id, round)
         loss, steps = float(update.metrics["train_loss"]), int(update.metrics["steps"])
         logger.info("%s, round %d: %d steps, loss %.4f", self.client_id, round, steps, loss)
@@ -163,6 +174,28 @@ class RemoteClient:
             },
         )
 
+    def train_inside(self, mods: Sequence[Mod], message: Message, context: Context) -> Message:
+        """`train` inside mods, which get numbers to calculate with.
+
+        16-bit floats, some of which travel as integers, are float32 to them; what they make of them is rounded back
+        once, so that noise is no less private for it.
+        """
+        trainer = self.trainer
+        layout = wire.layout_of(trainer.adapted, trainer.aggregator.trained_factors)
+
+        def call(message: Message, context: Context) -> Message:
+            reply = self.train(message, context)
+            reply.content[wire.ARRAYS] = wire.widened(reply.content.array_records[wire.ARRAYS], layout)
+            return reply
+
+        for mod in reversed(mods):
+            call = partial(_apply, mod, call)
+        message.content[wire.ARRAYS] = wire.widened(message.content.array_records[wire.ARRAYS], layout)
+        reply = call(message, context)
+        if reply.has_content():
+            reply.content[wire.ARRAYS] = wire.narrowed(wire.only(reply.content, wire.ARRAYS), layout)
+        return reply
+
     def evaluate(self, message: Message) -> Message:
         """Evaluate the global state that a message brings on this client's `eval_dataset`.
 
@@ -176,8 +209,7 @@ class RemoteClient:
                 f"Client `{self.client_id}` has no `eval_dataset` of a known length, and the server asks clients to "
                 "evaluate. Give its trainer one, or set `evaluate_on_clients=False` on the server."
             )
-        round = wire.number(wire.only(message.content, wire.CONFIG), "round", int, "The server")
-        self._take(message, round)
+        self.take(message.content)
         trainer.restore_global_state()
         metrics = {name: value for name, value in trainer.evaluate().items() if isinstance(value, (int, float))}
         return _reply(
@@ -185,15 +217,14 @@ class RemoteClient:
             {
                 wire.METRICS: MetricRecord({"num-examples": sum(map(len, parts)), **metrics}),
                 wire.CONFIG: ConfigRecord(
-                    {"client-id": self.client_id, "round": round, "base-version": self.base_version}
+                    {
+                        "client-id": self.client_id,
+                        "round": trainer.federation.round,
+                        "base-version": self.base_version,
+                    }
                 ),
             },
         )
-
-    def _take(self, message: Message, round: int) -> None:
-        trainer, arrays = self.trainer, wire.only(message.content, wire.ARRAYS)
-        state = wire.decode_state(arrays, trainer.adapted, trainer.aggregator.trained_factors, "The server")
-        trainer.federation = ckpt.RoundState(round, state, trainer.adapted.ledger)
 
     def _restore(self) -> None:
         if not self._file.is_file():
@@ -210,12 +241,6 @@ class RemoteClient:
         unfinished = self._file.with_suffix(f".{os.getpid()}.unfinished")
         LedgerDifference(None, self.base_version, ledger=self.trainer.adapted.ledger).save(unfinished)
         unfinished.replace(self._file)
-
-
-def _inside(mods: Sequence[Mod], call: Call) -> Call:
-    for mod in reversed(mods):
-        call = partial(_apply, mod, call)
-    return call
 
 
 def _apply(mod: Mod, call: Call, message: Message, context: Context) -> Message:

@@ -149,6 +149,29 @@ def _state_from(tensors: Mapping[str, torch.Tensor], adapted: AdaptedModel, rank
     return GlobalUpdate(adapters=adapters, tensors={name: tensors[f"tensors/{name}"] for name in adapted.tensors})
 
 
+def widened(arrays: ArrayRecord, layout: Layout) -> ArrayRecord:
+    """The same values with 16-bit floats as float32, for who calculates with them."""
+    half = (torch.bfloat16, torch.float16)
+    return ArrayRecord(
+        {
+            key: to_array(from_array(array, tuple(array.shape), layout[key][1]).float())
+            if key in layout and layout[key][1] in half
+            else array
+            for key, array in arrays.items()
+        }
+    )
+
+
+def narrowed(arrays: ArrayRecord, layout: Layout) -> ArrayRecord:
+    """Values of any float dtype in the model's own, rounded once."""
+    return ArrayRecord(
+        {
+            key: to_array(torch.from_numpy(array.numpy().copy()).to(layout[key][1])) if key in layout else array
+            for key, array in arrays.items()
+        }
+    )
+
+
 def encode_difference(difference: LedgerDifference) -> tuple[ArrayRecord, str]:
     """A ledger difference as arrays and the JSON that describes them."""
     tensors, about = difference.to_tensors()

@@ -1,0 +1,513 @@
+"""A federation on Flower: the numbers of one process, only factors on the way, and rounds that survive bad clients."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+
+pytest.importorskip("flwr")
+
+from flower_lab import Lab, LocalGrid, same
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
+from peft import get_peft_model
+
+from fedex_hf import FederatedTrainer
+from fedex_hf.flower import wire
+from fedex_hf.updates import payload_bytes
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What Flower's logger was told, which does not propagate by itself."""
+    flower = logging.getLogger("flwr")
+    flower.addHandler(caplog.handler)
+    yield caplog
+    flower.removeHandler(caplog.handler)
+
+
+def warnings_of(told: pytest.LogCaptureFixture) -> str:
+    return "\n".join(record.getMessage() for record in told.records if record.levelno >= logging.WARNING)
+
+
+# ---- The same numbers ----
+
+
+def bf16_llama():
+    model = tiny.llama().to(torch.bfloat16)
+    torch.manual_seed(0)
+    return get_peft_model(
+        model, tiny.lora(task_type="CAUSAL_LM", target_modules="all-linear"), autocast_adapter_dtype=False
+    )
+
+
+LANGUAGE = {"data": tiny.language_data}
+CASES: dict[str, dict[str, Any]] = {
+    "fedex": {},
+    "fedit": {"aggregator": "fedit"},
+    "ffa": {"aggregator": "ffa"},
+    "reinitialise": {"aggregator_kwargs": {"assignment": "reinitialise"}},
+    "truncated": {"aggregator_kwargs": {"residual_rank": 2}, "residual_rank": 4},
+    "sampled": {"client_fraction": 0.67, "num_rounds": 4},
+    "uniform, one schedule": {"client_weighting": "uniform", "lr_schedule": "run", "data_seed": 3},
+    "ranks": {"client_ranks": {"client-0": 2, "client-2": 7}},
+    "a start in the base": {"peft_config": lambda: tiny.lora(init_lora_weights="pissa")},
+    "bf16": {"model": bf16_llama, "peft_config": None, **LANGUAGE},
+    "Conv1D": {
+        "model": tiny.gpt2,
+        "peft_config": lambda: tiny.lora(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True),
+        **LANGUAGE,
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rounds_over_flower_are_those_of_one_process_bit_for_bit(case, tmp_path):
+    lab = Lab(tmp_path, **CASES[case])
+    strategy = lab.strategy()
+    strategy.start(lab.grid())
+    reference = lab.in_process()
+    assert same(strategy.trainer, reference)
+    assert strategy.trainer.base_version == reference.base_version
+    # The clients, too, hold the base of the round before the last, which is all that they were told.
+    assert {client.base_version for client in lab.clients[-2:]} != {reference.base_version} or case in ("fedit", "ffa")
+
+
+def test_logs_certificate_and_steps_are_those_of_one_process(tmp_path):
+    lab = Lab(tmp_path, logging_steps=2)
+    strategy = lab.strategy()
+    strategy.start(lab.grid())
+    reference = lab.in_process()
+
+    def rounds(trainer: FederatedTrainer) -> list[dict[str, float]]:
+        apart = ("round_seconds", "bytes_sent", "bytes_received")
+        entries = [entry for entry in trainer.state.log_history if "aggregation_error" in entry]
+        return [{name: value for name, value in entry.items() if name not in apart} for entry in entries]
+
+    remote, local = rounds(strategy.trainer), rounds(reference)
+    losses = [[entry.pop("train_loss") for entry in entries] for entries in (remote, local)]
+    assert remote == local
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # summed between logs, which come at other steps
+    certificates = [(entry["aggregation_error"], entry["fedit_deviation"]) for entry in remote]
+    assert strategy.trainer.state.global_step == strategy.trainer.state.max_steps == reference.state.global_step
+    assert max(error for error, _ in certificates) < 1e-5
+    assert min(fedit for _, fedit in certificates) > 1e-3  # FedIT would not pass
+
+
+def test_another_seed_at_the_clients_gives_another_model(tmp_path):
+    """The twin: equality is no matter of course."""
+    lab, other = Lab(tmp_path / "a"), Lab(tmp_path / "b", seed=8)
+    strategy, different = lab.strategy(), other.strategy()
+    strategy.start(lab.grid())
+    different.start(other.grid())
+    assert not same(strategy.trainer, different.trainer)
+
+
+# ---- What travels ----
+
+
+def test_only_factors_travel_and_their_bytes_are_counted(tmp_path):
+    lab = Lab(tmp_path)
+    strategy, grid = lab.strategy(), lab.grid()
+    strategy.start(grid)
+    entries = [entry for entry in strategy.trainer.state.log_history if "bytes_sent" in entry]
+    headers = 200  # of one tensor
+    reference = lab.in_process()
+    update = reference.fit_client("client-0", 4)
+    up = payload_bytes(update)
+    for number, entry in enumerate(entries, start=1):
+        sent = [message for message in grid.sent if message.metadata.group_id == str(number)]
+        assert entry["bytes_sent"] == sum(wire.nbytes(message.content) for message in sent)
+        assert 3 * up < entry["bytes_received"] < 3 * (up + headers * 2 * len(update.adapters) + headers * 8)
+    dense = 32 * 32 * 4
+    messages = [message for message in (*grid.sent, *grid.received) if message.has_content()]
+    arrays = {
+        (message.metadata.message_type, record, key): array
+        for message in messages
+        for record, arrays in message.content.array_records.items()
+        for key, array in arrays.items()
+    }
+    factors = {key: array for key, array in arrays.items() if not key[2].startswith("tensors/")}
+    assert all(min(array.shape) <= (3 - 1) * 4 for array in factors.values())
+    assert max(len(array.data) for array in factors.values()) < dense
+    residual = [array.shape for key, array in factors.items() if key[1] == wire.RESIDUALS and "/A/" in key[2]]
+    assert residual
+    assert {shape[0] for shape in residual} == {8}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_every_dtype_travels_bit_for_bit(dtype):
+    tensor = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+    back = wire.from_array(wire.to_array(tensor.T), (3, 5), dtype)
+    assert back.dtype == dtype
+    assert torch.equal(back, tensor.T)
+
+
+def test_bfloat16_would_not_survive_a_cast_of_float16():
+    tensor = torch.tensor([1e-30, 3e38]).to(torch.bfloat16)
+    assert torch.equal(wire.from_array(wire.to_array(tensor), (2,), torch.bfloat16), tensor)
+    assert not torch.equal(tensor.half().to(torch.bfloat16), tensor)
+
+
+# ---- Clients that are away, slow, broken or lying ----
+
+
+class WithoutTheSecond(FederatedTrainer):
+    """What one process does where `client-1` takes no part in round 2."""
+
+    def sample_clients(self, round):
+        return [name for name in super().sample_clients(round) if (name, round) != ("client-1", 2)]
+
+
+def test_a_client_that_was_away_catches_up(tmp_path, told):
+    lab = Lab(tmp_path, num_rounds=4)
+    strategy, grid = lab.strategy(min_clients=2), lab.grid()
+    app = grid.apps[101]
+
+    def leave(node_id: int, reply: Message) -> Message:
+        if reply.metadata.group_id == "1" and node_id == 102:  # the last of round 1
+            del grid.apps[101]
+        if reply.metadata.group_id == "2" and node_id == 102:
+            grid.apps[777] = app  # restarted: the same client behind another node
+        return reply
+
+    grid.tamper = leave
+    strategy.start(grid)
+    assert same(strategy.trainer, lab.in_process(cls=WithoutTheSecond))
+    assert "Left out, because they are not connected: client-1" in warnings_of(told)
+    assert not same(strategy.trainer, lab.in_process("all"))
+
+
+def nan(reply: Message) -> None:
+    arrays = reply.content.array_records[wire.ARRAYS]
+    key = next(iter(arrays))
+    values = arrays[key].numpy().copy()
+    values[0, 0] = float("nan")
+    arrays[key] = Array(values)
+
+
+def with_array(change: Any) -> Any:
+    def tamper(reply: Message) -> None:
+        arrays = reply.content.array_records[wire.ARRAYS]
+        key = next(iter(arrays))
+        arrays[key] = change(arrays[key])
+
+    return tamper
+
+
+def with_records(**changed: Any) -> Any:
+    def tamper(reply: Message) -> None:
+        for record in (wire.CONFIG, wire.METRICS):
+            for key in [key for key in changed if key in reply.content[record]]:
+                reply.content[record][key] = changed[key]
+
+    return tamper
+
+
+def without(record: str, key: str) -> Any:
+    def tamper(reply: Message) -> None:
+        del reply.content[record][key]
+
+    return tamper
+
+
+def extra(reply: Message) -> None:
+    reply.content.array_records[wire.ARRAYS]["A/unknown"] = wire.to_array(torch.zeros(4, 4))
+
+
+def no_arrays(reply: Message) -> None:
+    del reply.content[wire.ARRAYS]
+
+
+def declared(array: Array, **fields: Any) -> Array:
+    given = {"dtype": array.dtype, "shape": array.shape, "stype": array.stype, "data": array.data} | fields
+    return Array(**given)
+
+
+LAYER = "A/base_model.model.roberta.encoder.layer.0.attention.self.query"
+BAD_REPLIES = {
+    "NaN": (nan, "NaN or Inf"),
+    "another shape": (with_array(lambda array: Array(array.numpy()[:, :-1].copy())), "is expected"),
+    "transposed": (with_array(lambda array: Array(array.numpy().T.copy())), "of shape"),
+    "another dtype": (with_array(lambda array: Array(array.numpy().astype("float64"))), "float64 of shape"),
+    "integers": (with_array(lambda array: Array(array.numpy().view("int32"))), "int32"),
+    "far too large": (with_array(lambda array: Array(torch.zeros(2048, 2048).numpy())), "bytes came where"),
+    "no array": (with_array(lambda array: declared(array, data=b"x" * len(array.data))), "does not fit"),
+    "a pickle": (with_array(lambda array: declared(array, stype="pickle")), "does not fit"),
+    "a missing layer": (without(wire.ARRAYS, LAYER), "missing"),
+    "an unknown layer": (extra, "unknown"),
+    "nothing": (no_arrays, "missing"),
+    "another round": (with_records(round=7), "was asked for"),
+    "another client's name": (with_records(**{"client-id": "client-0"}), "was asked for"),
+    "another base": (with_records(**{"base-version": "0" * 64}), "was asked for"),
+    "no examples": (with_records(**{"num-examples": 0}), "num-examples=0"),
+    "infinite loss": (with_records(train_loss=float("inf")), "train_loss=inf"),
+    "no steps": (without(wire.METRICS, "steps"), "steps=None"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_REPLIES)
+def test_a_bad_update_is_left_out_and_the_others_count(kind, tmp_path, told):
+    tamper, message = BAD_REPLIES[kind]
+
+    def deliver(node_id: int, reply: Message) -> Message:
+        if node_id == 101 and reply.metadata.group_id == "2":
+            tamper(reply)
+        return reply
+
+    lab = Lab(tmp_path)
+    strategy = lab.strategy(min_clients=2)
+    strategy.start(lab.grid(tamper=deliver))
+    assert same(strategy.trainer, lab.in_process(cls=WithoutTheSecond))
+    assert "Round 2: client `client-1` is left out: " in warnings_of(told)
+    assert message in warnings_of(told)
+    assert [entry["num_clients"] for entry in strategy.trainer.state.log_history if "num_clients" in entry] == [
+        3,
+        2,
+        3,
+    ]
+
+
+def test_clients_that_raise_or_do_not_answer_are_left_out(tmp_path, told):
+    lab = Lab(tmp_path)
+    grid = lab.grid()
+
+    def deliver(node_id: int, reply: Message) -> Message | None:
+        if (node_id, reply.metadata.group_id) == (101, "2"):
+            return None
+        return reply
+
+    def broken(message: Message, context: Any) -> Message:
+        if message.metadata.group_id == "3":
+            raise ZeroDivisionError("bad data")
+        return app(message, context)
+
+    app, grid.apps[102], grid.tamper = grid.apps[102], broken, deliver
+    strategy = lab.strategy(min_clients=2, timeout=5.0)
+    strategy.start(grid)
+    assert "client `client-1` is left out: TimeoutError: no answer within 5 s" in warnings_of(told)
+    assert "client `client-2` is left out: RuntimeError: <class 'ZeroDivisionError'>:<'bad data'>" in warnings_of(told)
+    assert [entry["num_clients"] for entry in strategy.trainer.state.log_history if "num_clients" in entry] == [
+        3,
+        2,
+        2,
+    ]
+
+
+def test_too_few_clients_stop_the_run_which_then_goes_on_from_its_checkpoint(tmp_path, told):
+    lab = Lab(tmp_path, save_strategy="epoch")
+    grid = lab.grid(tamper=lambda node_id, reply: None if reply.metadata.group_id == "3" and node_id != 100 else reply)
+    with pytest.raises(RuntimeError, match=r"Round 3: 1 of 3 clients sent an update, fewer than `min_clients=2`"):
+        lab.strategy(min_clients=2, timeout=2.0).start(grid)
+    restarted = lab.strategy(min_clients=2, resume_from_checkpoint=True)
+    restarted.start(lab.grid())
+    assert same(restarted.trainer, lab.in_process())
+    # A client that is a round ahead of the resumed server, or has lost its disk, is brought to the server's base.
+    ledger = tmp_path / "clients" / "flower" / "client-0" / "ledger.safetensors"
+    ledger.write_bytes(ledger.read_bytes()[:-40])
+    more = lab.strategy(min_clients=2, resume_from_checkpoint=True, num_rounds=3)
+    more.start(lab.grid())
+    assert same(more.trainer, restarted.trainer)
+
+
+def test_a_client_with_a_damaged_disk_is_sent_the_whole_ledger(tmp_path, told):
+    lab = Lab(tmp_path, num_rounds=2, save_strategy="epoch")
+    lab.strategy().start(lab.grid())
+    ledger = tmp_path / "clients" / "flower" / "client-0" / "ledger.safetensors"
+    ledger.write_bytes(b"damaged")
+    longer = Lab(tmp_path, num_rounds=4, save_strategy="epoch")
+    strategy = longer.strategy(resume_from_checkpoint=True)
+    strategy.start(longer.grid())
+    assert "ledger.safetensors` is not used" in warnings_of(told)
+    assert same(strategy.trainer, longer.in_process("reference"))
+
+
+# ---- Who is who ----
+
+
+def refused(lab: Lab, told: pytest.LogCaptureFixture, **changed: Any) -> str:
+    """What the log says of `client-1`, who is different, while the other two train."""
+    grid = lab.grid()
+    grid.apps[101] = lab.app("client-1", **changed)
+    strategy = lab.strategy(min_clients=2)
+    strategy.start(grid)
+    assert [entry["num_clients"] for entry in strategy.trainer.state.log_history if "num_clients" in entry] == [
+        2,
+        2,
+        2,
+    ]
+    return warnings_of(told)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"says": "mallory"}, "which is no client of this federation"),
+        ({"says": "client-0"}, "`client-0` is connected already, as node 100"),
+        ({"seed": 9}, "seed is 9 at `client-1` and 7 on the server"),
+        ({"lr_schedule": "run"}, "lr_schedule is run at `client-1` and round on the server"),
+        ({"aggregator": "fedit"}, "`name` is fedit at `client-1` and fedex on the server"),
+    ],
+)
+def test_a_node_that_does_not_belong_is_turned_away(changed, message, tmp_path, told):
+    assert message in refused(Lab(tmp_path), told, **changed)
+
+
+def test_other_base_weights_are_noticed_before_training(tmp_path, told):
+    lab = Lab(tmp_path)
+    app = Lab(tmp_path / "other", model=lambda: tiny.roberta(seed=1)).app("client-1")
+    grid = lab.grid()
+    grid.apps[101] = app
+    lab.strategy(min_clients=2).start(grid)
+    assert "base weights (sha256) is" in warnings_of(told)
+
+
+def test_a_registered_name_binds_its_node(tmp_path, told):
+    lab = Lab(tmp_path)
+    grid = lab.grid(names={100: "client-0", 101: "client-2"})
+    strategy = lab.strategy(min_clients=2)
+    strategy.start(grid)
+    assert "Node 101 is turned away: it is registered as 'client-2' and says that it is 'client-1'" in warnings_of(
+        told
+    )
+    assert [entry["num_clients"] for entry in strategy.trainer.state.log_history if "num_clients" in entry] == [
+        2,
+        2,
+        2,
+    ]
+
+
+# ---- Evaluation ----
+
+
+def test_clients_evaluate_the_global_model(tmp_path):
+    lab = Lab(tmp_path, num_rounds=2, eval_strategy="epoch")
+    strategy = lab.strategy()
+    strategy.start(lab.grid())
+    reference = Lab(tmp_path, num_rounds=2).in_process()
+    losses = [entry for entry in strategy.trainer.state.log_history if "eval_loss" in entry]
+    assert [entry["eval_num_clients"] for entry in losses] == [3, 3]
+    assert losses[-1]["eval_loss"] == pytest.approx(
+        reference.evaluate(tiny.classification_data(8, seed=58))["eval_loss"]
+    )
+
+
+def test_server_and_clients_evaluate_side_by_side(tmp_path):
+    lab = Lab(tmp_path, num_rounds=2, eval_strategy="epoch")
+    strategy = lab.strategy(eval_dataset=tiny.classification_data(20, seed=1), evaluate_on_clients=True)
+    result = strategy.start(lab.grid())
+    entries = [
+        {**left, **right}
+        for left, right in zip(strategy.trainer.state.log_history, strategy.trainer.state.log_history[1:])
+    ]
+    assert any("eval_loss" in entry and "eval_clients_loss" in entry for entry in entries)
+    assert set(result.evaluate_metrics_clientapp) == {1, 2}
+    assert set(result.train_metrics_clientapp) == {1, 2}
+
+
+# ---- Mods ----
+
+
+def test_local_differential_privacy_composes(tmp_path):
+    plain, noisy = Lab(tmp_path / "plain", num_rounds=2), Lab(tmp_path / "noisy", num_rounds=2)
+    mod = LocalDpMod(clipping_norm=1e6, sensitivity=1e-3, epsilon=1.0, delta=1e-5)
+    grid = LocalGrid({100 + index: noisy.app(name, mods=(mod,)) for index, name in enumerate(noisy.data)})
+    strategy, reference = noisy.strategy(), plain.in_process()
+    torch.manual_seed(0)
+    strategy.start(grid)
+    assert [entry["num_clients"] for entry in strategy.trainer.state.log_history if "num_clients" in entry] == [3, 3]
+    assert not same(strategy.trainer, reference)
+    # Aggregation of what arrived stays exact: the noise is the clients', not the server's.
+    assert max(e["aggregation_error"] for e in strategy.trainer.state.log_history if "aggregation_error" in e) < 1e-5
+
+
+def test_clipping_takes_its_norm_from_the_server(tmp_path):
+    lab = Lab(tmp_path, num_rounds=1)
+    grid = LocalGrid({100 + index: lab.app(name, mods=(fixedclipping_mod,)) for index, name in enumerate(lab.data)})
+    strategy = lab.strategy()
+    start = strategy.trainer.federation.state
+    strategy.start(grid, train_config=ConfigRecord({"clipping_norm": 1e-3}))
+    end = strategy.trainer.federation.state
+    change = sum(
+        float((getattr(end.adapters[name], f).double() - getattr(start.adapters[name], f).double()).square().sum())
+        for name in end.adapters
+        for f in "AB"
+    )
+    assert 0 < change**0.5 <= 1e-3 * 1.001
+
+
+def test_wrappers_that_leave_the_residual_without_noise_are_refused(tmp_path):
+    lab = Lab(tmp_path)
+    strategy = lab.strategy()
+    wrapped = DifferentialPrivacyServerSideFixedClipping(strategy, 1.0, 1.0, 3)
+    with pytest.raises(RuntimeError, match="residual of FedEx-LoRA, which also depends on the clients' data"):
+        wrapped.start(lab.grid(), initial_arrays=ArrayRecord(), num_rounds=1)
+
+
+def test_mods_see_numbers_where_bfloat16_travels_as_integers(tmp_path):
+    seen = []
+
+    def look(message: Message, context: Any, call_next: Any) -> Message:
+        reply = call_next(message, context)
+        seen.extend(each.content[wire.ARRAYS] for each in (message, reply))
+        return reply
+
+    lab = Lab(tmp_path, num_rounds=1, **CASES["bf16"])
+    grid = LocalGrid({100 + index: lab.app(name, mods=(look,)) for index, name in enumerate(lab.data)})
+    strategy = lab.strategy()
+    strategy.start(grid)
+    assert {array.dtype for arrays in seen for array in arrays.values()} == {"float32"}
+    assert {array.dtype for message in grid.received[3:] for array in message.content[wire.ARRAYS].values()} == {
+        "int16"
+    }
+    assert same(strategy.trainer, lab.in_process())
+
+
+# ---- Refusals before anything is trained ----
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"client_optimizer_state": "keep"}, 'client_optimizer_state="keep"` is not supported on Flower'),
+        ({"aggregator_kwargs": {"assignment": "keep"}}, '`assignment="keep"`\\) are not supported on Flower'),
+        ({"clients": ["north", "north"]}, "names a client twice"),
+    ],
+)
+def test_the_server_refuses_what_cannot_be_had(kwargs, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Lab(tmp_path).strategy(**kwargs)
+
+
+def test_start_refuses_what_it_would_ignore(tmp_path):
+    lab = Lab(tmp_path)
+    with pytest.raises(ValueError, match="takes no `num_rounds`"):
+        lab.strategy().start(lab.grid(), num_rounds=3)
+
+
+def test_a_client_refuses_residuals_that_lead_elsewhere(tmp_path):
+    lab = Lab(tmp_path)
+    grid = lab.grid()
+    strategy = lab.strategy()
+    strategy.start(grid)
+    message = next(each for each in grid.sent if wire.RESIDUALS in each.content)
+    client = lab.clients[-1]
+    about = str(message.content[wire.CONFIG][wire.DIFFERENCE])
+    arrays = message.content[wire.RESIDUALS]
+    key = next(iter(arrays))
+    good = wire.decode_difference(arrays, about, client.adapted)
+    assert good.rounds
+    with pytest.raises(wire.PayloadError, match="cannot be read"):
+        wire.decode_difference(arrays, "{}", client.adapted)
+    with pytest.raises(wire.PayloadError, match="bytes in"):
+        wire.decode_difference(ArrayRecord({key: Array(torch.zeros(600, 600).numpy())}), about, client.adapted)
+    with pytest.raises(wire.PayloadError, match="cannot be read"):
+        wire.decode_difference(
+            ArrayRecord({f"0/A/{index}": Array(torch.zeros(1).numpy()) for index in range(3)}), about, client.adapted
+        )
