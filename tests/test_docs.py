@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 import io
 import os
 import re
@@ -43,6 +45,7 @@ PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *DOC
 FENCE = re.compile(r"^(\s*)(```+|~~~+)(.*)$")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+FLOWER_PAGES = {"docs/howto/flower.md"} if importlib.util.find_spec("flwr") is None else set()  # needs Python 3.11
 HUB_PAGES = {"docs/howto/hub.md", "docs/howto/command-line.md"}  # run against the Hub of the tests
 ROUNDING = 1e-5  # below it a number is a rounding error, which another machine makes differently
 
@@ -152,8 +155,20 @@ def check_commands(program: Program, block: Block) -> None:
         if name == "fedex-hf":
             run_command_line(program, words, block.place)
             continue
+        if name in ("export", "mkdir", "openssl", "printf", "ssh-keygen"):
+            subprocess.run(["bash", "-c", line], cwd=program.folder, check=True, capture_output=True)
+            continue
         assert name in COMMANDS, f"{block.place}: no check for the command `{line}`"
         COMMANDS[name](words, block.place)
+
+
+def check_toml(program: Program, block: Block) -> None:
+    """It can be read, and names a SuperLink of Flower's configuration."""
+    from flwr.cli.flower_config import parse_superlink_connection  # needs Python 3.11, like the next
+
+    tomllib = importlib.import_module("tomllib")
+    [(name, connection)] = tomllib.loads(block.code)["superlink"].items()
+    parse_superlink_connection(connection, name)
 
 
 RUNNERS: dict[str, Callable[[Program, Block], None]] = {
@@ -161,6 +176,7 @@ RUNNERS: dict[str, Callable[[Program, Block], None]] = {
     "text": check_output,
     "bash": check_commands,
     "diff": run_diff,
+    "toml": check_toml,
     "bibtex": check_bibtex,
 }
 
@@ -201,7 +217,10 @@ def check_install(words: list[str], place: str) -> None:
 
 
 def check_python(words: list[str], place: str) -> None:
-    """The script exists and has every flag."""
+    """The script exists and has every flag; a one-liner is run."""
+    if words[1] == "-c":
+        subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
+        return
     assert (ROOT / words[1]).is_file(), f"{place}: no script `{words[1]}`"
     flags = [word for word in words[2:] if word.startswith("--")]
     unknown = [flag for flag in flags if flag not in help_of(words[1])]
@@ -222,6 +241,24 @@ def check_tensorboard(words: list[str], place: str) -> None:
     assert any(each.startswith("tensorboard") for each in setup_arguments()["extras_require"]["test"]), place
 
 
+def check_flower(words: list[str], place: str) -> None:
+    """Flower's program exists and has every flag; the app is there."""
+    program = words[:3] if words[:2] == ["flwr", "supernode"] else words[: 2 if words[0] == "flwr" else 1]
+    flags = [word for word in words if word.startswith("--")]
+    unknown = [flag for flag in flags if flag not in help_of_program(*program)]
+    assert not unknown, f"{place}: `{' '.join(program)}` has no flags {unknown}"
+    if program == ["flwr", "run"]:
+        assert (ROOT / "recipes" / words[2] / "pyproject.toml").is_file(), f"{place}: no app `{words[2]}`"
+
+
+@functools.cache
+def help_of_program(*words: str) -> str:
+    program = Path(sys.executable).parent / words[0]
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "FLWR_TELEMETRY_ENABLED": "0"}
+    done = subprocess.run([program, *words[1:], "--help"], capture_output=True, text=True, env=environment, check=True)
+    return done.stdout
+
+
 COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "make": check_make,
     "pip install": check_install,
@@ -229,6 +266,9 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "accelerate launch": check_launch,
     "mkdocs serve": check_mkdocs,
     "tensorboard": check_tensorboard,
+    "flower-superlink": check_flower,
+    "flower-supernode": check_flower,
+    "flwr": check_flower,
 }
 
 
@@ -346,7 +386,7 @@ def run_page(page: str, folder: Path) -> None:
 
 @pytest.mark.no_cover
 @pytest.mark.usefixtures("_own_registry")
-@pytest.mark.parametrize("page", sorted(set(PAGES) - HUB_PAGES))
+@pytest.mark.parametrize("page", sorted(set(PAGES) - HUB_PAGES - FLOWER_PAGES))
 def test_every_block_runs(page, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)  # and back afterwards, wherever the page goes
