@@ -162,6 +162,7 @@ class Lab:
     def app(self, client_id: str, mods: tuple = (), says: str | None = None, **changed: Any) -> ClientApp:
         """A client's app; `changed` are arguments that it has differently."""
         of_clients = {"client_ranks", "resume_from_checkpoint", "min_clients", "eval_strategy", "save_strategy"}
+        of_clients |= {"push_to_hub", "hub_model_id"}
         arguments = {key: value for key, value in self.arguments.items() if key not in of_clients} | changed
 
         def trainer_fn(context: Context) -> FederatedTrainer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from flower_lab import Lab, LocalGrid, same
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
+from hub import run_python, running_hub
 from peft import get_peft_model
+from programs import untraced
 
 from fedex_hf import FederatedTrainer
 from fedex_hf.flower import wire
@@ -25,11 +28,9 @@ from fedex_hf.updates import payload_bytes
 
 @pytest.fixture
 def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """What Flower's logger was told, which does not propagate by itself."""
-    flower = logging.getLogger("flwr")
-    flower.addHandler(caplog.handler)
-    yield caplog
-    flower.removeHandler(caplog.handler)
+    """What Flower's logger was told."""
+    caplog.set_level(logging.INFO, logger="flwr")
+    return caplog
 
 
 def warnings_of(told: pytest.LogCaptureFixture) -> str:
@@ -139,6 +140,60 @@ def test_only_factors_travel_and_their_bytes_are_counted(tmp_path):
     residual = [array.shape for key, array in factors.items() if key[1] == wire.RESIDUALS and "/A/" in key[2]]
     assert residual
     assert {shape[0] for shape in residual} == {8}
+
+
+def test_the_log_tells_what_other_methods_would_send(tmp_path, told):
+    lab = Lab(tmp_path, num_rounds=2)
+    strategy = lab.strategy()
+    strategy.start(lab.grid())
+    [line] = [each for each in told.messages if each.startswith("Round 2, MB per client")]
+    numbers = {
+        name: (float(up), float(down))
+        for name, up, down in re.findall(r"(here|FedIT|FLoRA|tuning) ([\d.]+) and ([\d.]+)", line)
+    }
+    layers, factors, head = 4, 2 * 4 * 32 * 4, (32 * 32 + 32 + 32 * 3 + 3) * 4  # float32, r = 4, 32 x 32
+    plain = tiny.roberta()
+    expected = {
+        "FedIT": (layers * factors + head,) * 2,
+        "FLoRA": (layers * factors + head, 3 * layers * factors + head),
+        # PEFT keeps the untrained head beside the trained one.
+        "tuning": (sum(each.nbytes for each in plain.parameters()) + head,) * 2,
+    }
+    for name, (up, down) in expected.items():
+        assert numbers[name] == pytest.approx((up / 1e6, down / 1e6), abs=6e-4), name
+    headers = 200 * (2 * layers + 4)
+    assert numbers["here"][0] == pytest.approx(expected["FedIT"][0] / 1e6, abs=(headers + 600) / 1e6)
+    residuals = 2 * layers * factors  # of rank (k - 1) r = 8
+    assert numbers["here"][1] == pytest.approx((expected["FedIT"][1] + residuals) / 1e6, abs=(2 * headers + 600) / 1e6)
+
+
+HUB_RUN = """
+import pathlib, sys
+from flower_lab import Lab, same
+folder = pathlib.Path(sys.argv[1])
+lab = Lab(folder, num_rounds=2, push_to_hub=True, hub_model_id="user/flower")
+strategy = lab.strategy()
+strategy.start(lab.grid())
+lab.arguments["hub_model_id"] = "user/local"
+assert same(strategy.trainer, lab.in_process())
+"""
+
+
+def test_rounds_go_to_the_hub_as_from_one_process(tmp_path):
+    with running_hub(tmp_path / "hub") as hub:
+        run_python(HUB_RUN, untraced(hub.environment(tmp_path / "home")), str(tmp_path))
+        found = {}
+        for repo in ("user/flower", "user/local"):
+            assert sorted(hub.refs(repo)["tags"]) == ["round-1", "round-2"]
+            for tag in hub.refs(repo)["tags"]:
+                files = hub.files(repo, tag)
+                found[repo, tag] = {
+                    name: entry["lfs"] for name, entry in files.items() if name.endswith(".safetensors")
+                }
+    assert len(found["user/flower", "round-2"]) >= 3
+    for tag in ("round-1", "round-2"):
+        assert found["user/flower", tag] == found["user/local", tag]
+    assert found["user/flower", "round-1"] != found["user/flower", "round-2"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

@@ -17,6 +17,7 @@ from fedex_hf.flower.post import Post
 from fedex_hf.flower.roster import Member, Roster
 from fedex_hf.flower.server import RemoteClients, RemoteDataset, ServerTrainer, wants_evaluation
 from fedex_hf.flower.settings import agreed_settings, refuse_kept_states
+from fedex_hf.flower.traffic import other_methods
 from fedex_hf.partition import client_names
 from fedex_hf.training_args import FederatedTrainingArguments
 from fedex_hf.updates import ClientUpdate, LowRankDelta
@@ -193,6 +194,7 @@ class FedExStrategy(Strategy):
         trainer.state.global_step = before + sum(trainer.clients.num_steps(client_id) for client_id in sampled)
         trainer.add_train_loss(updates, trainer.state.global_step - before)
         metrics = trainer.complete_round(server_round, updates, self._round_began_at)
+        self._log_traffic(server_round, len(updates))
         record = MetricRecord(dict(metrics))
         self._result.train_metrics_clientapp[server_round] = record
         return self._arrays(), record
@@ -301,6 +303,12 @@ class FedExStrategy(Strategy):
                 yield by_node[node_id], reply
         for node_id in self._post.unanswered():
             self._leave_out(by_node[node_id], round, TimeoutError(f"no answer within {self._post.timeout:g} s"))
+
+    def _log_traffic(self, round: int, clients: int) -> None:
+        methods = {"here": (self._post.bytes_received / clients, self._post.bytes_sent / clients)}
+        methods |= other_methods(self.trainer.adapted, clients)
+        told = ", ".join(f"{name} {up / 1e6:.3f} and {down / 1e6:.3f}" for name, (up, down) in methods.items())
+        logger.info("Round %d, MB per client up and down: %s", round, told)
 
     def _leave_out(self, member: Member, round: int, error: Exception) -> None:
         logger.warning(
