@@ -174,6 +174,11 @@ class ClientRunner:
         """State of the optimizer after the last fit, copied to the CPU."""
         return _to_cpu(cast(torch.optim.Optimizer, self.trainer.optimizer).state_dict()["state"])
 
+    def further_trainer(self, bridge: ClientBridge) -> Trainer:
+        """Another trainer of the clients' class, for a fit that runs beside others."""
+        with _same_forward(self._kwargs["model"]):
+            return self._build(next(iter(self._prepared.values())), None, bridge)
+
     def _size(self, client_id: str) -> tuple[int, float]:
         if client_id not in self._sizes:
             self.trainer.train_dataset = self._dataset(client_id)

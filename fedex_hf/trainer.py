@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import mean
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from fedex_hf.callbacks import ClientBridge
 from fedex_hf.client import ClientRunner, FitPlan
 from fedex_hf.client_adapters import install_at_rank, install_client
 from fedex_hf.evaluation import Exactness, measure_exactness
+from fedex_hf.experimental import ParallelClients
 from fedex_hf.hub_rounds import load_round_model
 from fedex_hf.ledger import Ledger
 from fedex_hf.low_rank import lost_energy
@@ -149,6 +151,7 @@ class FederatedTrainer(PublishingTrainer):
             self._load_from_checkpoint(continued)
         self._continued = continued
         self._new_optimizer_states: dict[str, Mapping[str, Any]] = {}
+        self._parallel = ParallelClients(self) if args.parallel_clients > 1 else None
 
     @classmethod
     def from_trainer(
@@ -222,18 +225,19 @@ class FederatedTrainer(PublishingTrainer):
         return [order[index] for index in sorted(chosen)]
 
     def collect_updates(self, clients: Sequence[str], round: int) -> list[ClientUpdate]:
-        """Fit the clients one after another; leave out those that fail if `args.client_errors="skip"`.
+        """Fit the clients, `args.parallel_clients` at a time; leave out those that fail if `client_errors="skip"`.
 
         Raises:
             RuntimeError: If fewer than `args.min_clients` updates arrive.
         """
         updates: list[ClientUpdate] = []
         self._new_optimizer_states = {}
-        before = self.state.global_step
-        for client_id in clients:
-            planned = self.state.global_step + self.clients.num_steps(client_id)
+        before = planned = self.state.global_step
+        one_by_one = ((client_id, partial(self.fit_client, client_id, round)) for client_id in clients)
+        for client_id, fit in one_by_one if self._parallel is None else self._parallel.fits(clients, round):
+            planned += self.clients.num_steps(client_id)
             try:
-                update = self.fit_client(client_id, round)
+                update = fit()
                 refuse_stale(update, self.base_version)
             except Exception as error:
                 if self.args.client_errors == "raise":

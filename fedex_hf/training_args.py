@@ -99,6 +99,10 @@ class FederatedTrainingArguments(TrainingArguments):
             optimizer had at the end of its last round.
         lr_schedule (`"round"` or `"run"`, *optional*, defaults to `"round"`):
             Run the whole learning-rate schedule in every round, as the paper's code does, or once over the run.
+        parallel_clients (`int`, *optional*, defaults to 1):
+            Experimental. Clients whose batches go through the frozen base in one pass, each with factors, head,
+            optimizer and clipping of its own: the result of one after another, up to rounding, in less time where
+            batches are small. Needs memory for as many batches. See `docs/howto/clients.md`.
 
         > Hub
 
@@ -186,6 +190,9 @@ class FederatedTrainingArguments(TrainingArguments):
             "choices": _CHOICES["lr_schedule"],
         },
     )
+    parallel_clients: int = field(
+        default=1, metadata={"help": "Experimental: clients whose batches go through the frozen base in one pass."}
+    )
     hub_round_format: str = field(
         default="full",
         metadata={
@@ -266,6 +273,7 @@ def _check_numbers(args: FederatedTrainingArguments) -> None:
         ("num_rounds", 1),
         ("num_clients", 1),
         ("min_clients", 1),
+        ("parallel_clients", 1),
         ("hub_retries", 0),
         ("residual_rank", 1),
     ):
