@@ -50,12 +50,14 @@ quality: install  ## Check format, lint and types.
 	$(BIN)/mypy
 
 benchmarks: install  ## Measure overhead, memory, aggregation of adapters, exactness, residual storage and traffic, beside alternatives.
+benchmarks: install  ## Measure overhead, memory, aggregation of adapters, exactness, residual storage, clients in one pass, beside alternatives.
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 	$(BIN)/python benchmarks/memory.py $(ARGS)
 	$(BIN)/python benchmarks/aggregate.py $(ARGS)
 	$(BIN)/python benchmarks/exactness.py $(ARGS)
 	$(BIN)/python benchmarks/storage.py $(ARGS)
 	$(BIN)/python benchmarks/traffic.py $(ARGS)
+	$(BIN)/python benchmarks/parallel_clients.py $(ARGS)
 
 clean:  ## Remove the virtual environments.
 	rm -rf .venv .venv-oldest

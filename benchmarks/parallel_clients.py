@@ -210,9 +210,10 @@ def main() -> None:
     with frozen_garbage_collector():
         for model in args.models:
             for batch in args.batches:
-                cases += measure(model, batch, args)
-                for case in cases[-len(args.clients) :]:
+                measured = measure(model, batch, args)
+                for case in measured:
                     print(case.model, case.batch, case.clients, [f"{each:.2f}" for each in case.ratios], flush=True)
+                cases += measured
     publish(report(cases, args, machine), args.output, __file__)
 
 

@@ -7,6 +7,7 @@ clients wrongly share by much more than the bounds below.
 
 import copy
 import random
+import threading
 from dataclasses import replace
 
 import effective
@@ -20,7 +21,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import AutoModel, Trainer
 
-from fedex_hf import FederatedCallback, FederatedTrainer, NonFiniteUpdateError, UnsupportedModelError
+from fedex_hf import FederatedCallback, NonFiniteUpdateError, UnsupportedModelError
 from fedex_hf.experimental import ParallelClients, stacked_factors
 from fedex_hf.experimental.shared_pass import SharedPass
 from fedex_hf.experimental.stacked_factors import ClientLinear
@@ -175,6 +176,18 @@ def test_whole_runs_are_those_of_one_after_another(tmp_path, case, kwargs):
     assert outputs[1].training_loss == pytest.approx(outputs[0].training_loss, rel=1e-5)
 
 
+def test_a_bfloat16_base_agrees_to_its_own_rounding(tmp_path):
+    def run(parallel):
+        given = {"trainer_kwargs": {"model": tiny.llama().to(torch.bfloat16)}}
+        updates = fitted(tmp_path / str(parallel), parallel, "llama", **given)
+        return [torch.cat([each.flatten() for each in tensors_of(update).values()]) for update in updates]
+
+    one_by_one, together = run(1), run(3)
+    for place, expected in enumerate(one_by_one):
+        assert (together[place] - expected).norm() < 1e-2 * expected.norm()
+        assert (together[place] - one_by_one[place - 1]).norm() > 0.1 * expected.norm()
+
+
 def test_runs_repeat_and_resume_bit_for_bit(tmp_path):
     kwargs = {"save_strategy": "epoch", "client_optimizer_state": "keep"}
     first, second = (federated(tmp_path / name, 2, **kwargs) for name in ("first", "second"))
@@ -327,6 +340,28 @@ def regressor():
     return type(tiny.roberta())(config)
 
 
+class Interrupts(FederatedCallback):
+    """The user presses a key in the second step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_round_leaves_no_threads_and_the_last_rounds_model(tmp_path):
+    trainer = federated(tmp_path, 3, client_errors="skip", trainer_kwargs={"callbacks": [Interrupts()]})
+    before, threads = tiny.trained(trainer.model), threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert threading.active_count() == threads
+    assert tiny.same_bytes(before, tiny.trained(trainer.model))
+    trainer.remove_callback(Interrupts)
+    trainer.train()
+    fresh = federated(tmp_path / "fresh", 3)
+    fresh.train()
+    assert tiny.same_bytes(tiny.trained(fresh.model), tiny.trained(trainer.model))
+
+
 # ---- What would mix clients up is found out before the first step ----
 
 
@@ -422,7 +457,7 @@ def with_config(**kwargs):
         (("dropout", "lora_dropout", "p=0.2"), with_config(lora_dropout=0.2)),
         (("`client_ranks`", "do not stack"), {"client_ranks": {"client-0": 2}}),
         (("fedex", "base weights of their own"), {"aggregator_kwargs": {"assignment": "keep"}}),
-        (("`bf16`", "rounding"), {"bf16": True}),
+        (("`bf16`", "autocast"), {"bf16": True}),
         (("checkpointing", "Switch it off"), {"gradient_checkpointing": True}),
         (("`optim=", "backward pass"), {"optim": "lomo"}),
         (("`OwnStep`", "`training_step`"), {"trainer_kwargs": {"client_trainer_cls": OwnStep}}),
@@ -458,11 +493,23 @@ def test_one_client_at_a_time_goes_without(tmp_path):
         federated(tmp_path, 0)
 
 
-def test_callbacks_see_every_client_once_and_in_order(tmp_path):
-    updates = Updates()
-    trainer = federated(tmp_path, 2, trainer_kwargs={"callbacks": [updates]})
-    assert isinstance(trainer, FederatedTrainer)
-    trainer.train()
-    assert [(each.round, each.client_id) for each in updates.updates] == [
-        (round, client_id) for round in (1, 2) for client_id in trainer.train_dataset
-    ]
+class Watching(FederatedCallback):
+    """Notes what callbacks are told."""
+
+    def __init__(self):
+        self.ends, self.rates = [], []
+
+    def on_client_end(self, args, state, control, update, **kwargs):
+        self.ends.append((update.round, update.client_id, state.global_step))
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        self.rates.append((optimizer.param_groups[0]["lr"], lr_scheduler.get_last_lr()[0]))
+
+
+def test_callbacks_are_told_what_they_are_told_one_after_another(tmp_path):
+    watching = []
+    for parallel in (1, 2):
+        watching.append(Watching())
+        federated(tmp_path / str(parallel), parallel, trainer_kwargs={"callbacks": [watching[-1]]}).train()
+    assert watching[0].ends == watching[1].ends
+    assert sorted(watching[0].rates) == sorted(watching[1].rates)

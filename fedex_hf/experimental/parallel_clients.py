@@ -3,9 +3,9 @@
 Each client keeps all that is its own: LoRA factors, heads, batches, loss, optimizer, schedule, clipping. So the result
 is that of one after another, up to the rounding of sums in another order.
 
-    client 0: batch --.                                           .-- head, loss --.                  .-- clip, step
-    client 1: batch ---+-- body: base(x) + s (x A_i^T) B_i^T ----+--- head, loss ---+-- backward ----+--- clip, step
-    client 2: batch --'    base once, factors in batched products '-- head, loss --'    of the sum    '-- clip, step
+    client 0: batch --.                                          .-- head, loss --.               .-- clip, step
+    client 1: batch --+-- body: base(x) + s (x A_i^T) B_i^T -----+-- head, loss --+-- backward ---+-- clip, step
+    client 2: batch --'   base once, factors in batched products '-- head, loss --'   of the sum  '-- clip, step
 
 What is on the sides is `FederatedTrainer.fit_client` itself, once per client, each with a `Trainer` of its own. They
 run in turns (`turns.py`) and stop at two places: where the model calls its body, and where the loss is propagated.
@@ -108,7 +108,7 @@ class ParallelClients:
         for start in range(0, len(clients), size):
             group = clients[start : start + size]
             for client_id, ended in zip(group, self.fit_group(group, round), strict=True):
-                yield client_id, partial(_result, ended)
+                yield client_id, partial(self._result, ended)
 
     def fit_group(self, group: Sequence[str], round: int) -> list[Ended]:
         """Fit clients together, each from the global state.
@@ -126,6 +126,7 @@ class ParallelClients:
         """
         federation = self.federation
         before, own, trainer = GlobalState.of(federation), self._parameters(), federation.clients.trainer
+        steps_before = federation.state.global_step
         clients = [self._client(place, client_id, round) for place, client_id in enumerate(group)]
         try:
             with self._interrupted_body():
@@ -140,9 +141,16 @@ class ParallelClients:
             self._pass.forget()
             self._between_passes = False
             federation.clients.trainer = trainer
+            federation.state.global_step = steps_before  # each update adds its own, as after a fit of its own
             before.restore(federation)
             federation.restore_global_state()
         return [client.waits_for for client in clients if isinstance(client.waits_for, Ended)]
+
+    def _result(self, ended: Ended) -> ClientUpdate:
+        if ended.error is not None:
+            raise ended.error
+        self.federation.state.global_step += ended.value.metrics["steps"]
+        return ended.value
 
     # ---- Passes ----
 
@@ -219,6 +227,8 @@ class ParallelClients:
         """Let a client's fit run to its next question, with all that is its own in place."""
         self._install(client.parameters)
         self.federation.clients.trainer = client.trainer
+        for name in ("optimizer", "lr_scheduler", "train_dataloader"):
+            setattr(self.federation.callback_handler, name, getattr(client.trainer.callback_handler, name))
         client.globals.restore(self.federation)
         self._current = client
         client.waits_for = client.turns.go_on(answer)
@@ -263,12 +273,6 @@ class ParallelClients:
                 module._parameters[attribute] = parameters[name]
         adapted = self.federation.adapted
         adapted.tensors = {name: parameters[name] for name in adapted.tensors}
-
-
-def _result(ended: Ended) -> ClientUpdate:
-    if ended.error is not None:
-        raise ended.error
-    return ended.value
 
 
 def _places_of(model: nn.Module, chosen: Callable[[nn.Parameter], bool]) -> dict[str, list[tuple[nn.Module, str]]]:

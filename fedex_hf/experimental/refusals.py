@@ -26,9 +26,14 @@ def body_of(model: Any) -> nn.Module:
     """The part of a model that its head stands on, such as `model.roberta`; transformers calls it `base_model`.
 
     Raises:
-        UnsupportedModelError: If the model has none.
+        UnsupportedModelError: If the model has none, or two.
     """
     plain = model.get_base_model()
+    if getattr(getattr(plain, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            "`parallel_clients` with an encoder-decoder: its decoder's inputs come from the labels, and how to fill "
+            f"them up was never tried. Use a model with one stack, {INSTEAD}"
+        )
     body = getattr(plain, "base_model", plain)
     if body is plain:
         raise UnsupportedModelError(
@@ -62,9 +67,10 @@ def _reasons(federation: FederatedTrainer) -> Iterator[str]:
             'so there is no common pass. Use the assignment "average" or "reinitialise",'
         )
     if args.bf16 or args.fp16:
-        yield "`bf16` or `fp16`: rounding would differ by more than the last bits. Train in the model's own dtype,"
-    if args.gradient_checkpointing:
-        yield "`gradient_checkpointing`: the second forward pass would be another one. Switch it off,"
+        yield "`bf16` or `fp16`: autocast was never tried with it. Load the model in the dtype that is to compute,"
+    body = body_of(federation.adapted.model)
+    if args.gradient_checkpointing or any(getattr(each, "gradient_checkpointing", False) for each in body.modules()):
+        yield "`gradient_checkpointing`: the second forward pass would be of one client alone. Switch it off,"
     if args.torch_compile:
         yield "`torch_compile`: a compiled pass does not see the other clients' factors. Switch it off,"
     if args.world_size > 1 or args.n_gpu > 1 or len({*(_device_map(federation) or {"": 0}).values()}) > 1:
@@ -84,12 +90,6 @@ def _device_map(federation: FederatedTrainer) -> dict[str, Any] | None:
 
 def _refuse_model(federation: FederatedTrainer) -> None:
     adapted = federation.adapted
-    config = getattr(adapted.model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            "`parallel_clients` with an encoder-decoder: its decoder's inputs come from the labels, and how to fill "
-            f"them up was never tried. Use a model with one stack, {INSTEAD}"
-        )
     body = body_of(adapted.model)
     modules = {module: name for name, module in adapted.model.named_modules()}
     inside = {*body.modules()}
@@ -108,7 +108,7 @@ def _refuse_model(federation: FederatedTrainer) -> None:
             "Allowed there: LoRA factors; heads may be trained in full. Take it out of `modules_to_save` or leave out "
             f"what else makes it trainable, {INSTEAD}"
         )
-    for module in inside:
+    for module in body.modules():
         dropout = _dropout(module)
         if dropout is not None:
             raise UnsupportedModelError(
