@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -43,6 +44,10 @@ class BenchmarkArguments:
         default=10**9, metadata={"help": "Leave out what has more examples (clients x batch) in one step."}
     )
     device: str = field(default="cpu", metadata={"help": "Where to train.", "choices": ["cpu", "cuda"]})
+    processor_time: bool = field(
+        default=False,
+        metadata={"help": "Take the time that the processor spent on this process, all threads: for a busy machine."},
+    )
     threads: int | None = field(default=None, metadata={"help": "Threads of torch; its own choice if not given."})
     output: str | None = field(
         default=None, metadata={"help": "Write the report to this .md file, or into this folder."}
@@ -104,17 +109,17 @@ def build_trainer(model: str, batch: int, clients: int, together: bool, args: Be
     return trainer
 
 
-def fit(trainer: FederatedTrainer, clients: int) -> Run:
-    """Fit the first clients, from the state of round 0."""
+def fit(trainer: FederatedTrainer, clients: int, now: Callable[[], float] = time.perf_counter) -> Run:
+    """Fit the first clients, from the state of round 0; `now` tells the time, in seconds."""
     on_gpu = trainer.args.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
+    began = now()
     updates = trainer.collect_updates([f"{each}" for each in range(clients)], round=1)
     if on_gpu:
         torch.cuda.synchronize()
-    run = Run(time.perf_counter() - began, torch.cuda.max_memory_allocated() if on_gpu else 0)
+    run = Run(now() - began, torch.cuda.max_memory_allocated() if on_gpu else 0)
     if len(updates) != clients:
         raise RuntimeError(f"{len(updates)} of {clients} clients sent an update: nothing to compare.")
     return run
@@ -134,7 +139,7 @@ def measure(model: str, batch: int, args: BenchmarkArguments) -> list[Case]:
         pair = list(zip(trainers, (case.one_by_one, case.together), strict=True))
         for repeat in range(args.repeats):
             for trainer, runs in pair if repeat % 2 == 0 else pair[::-1]:
-                runs.append(fit(trainer, clients))
+                runs.append(fit(trainer, clients, time.process_time if args.processor_time else time.perf_counter))
         cases.append(case)
     return cases
 
@@ -181,14 +186,15 @@ def verdict(cases: list[Case]) -> str:
 
 def report(cases: list[Case], args: BenchmarkArguments, machine: str) -> str:
     """The whole page."""
+    clock = "Processor time, all threads" if args.processor_time else "Times"
     device = torch.cuda.get_device_name() if args.device == "cuda" else "the CPU"
     models = "\n".join(f"- {describe_model(name)}" for name in args.models)
     memory = " Memory is the peak of what torch had allocated on the GPU." if args.device == "cuda" else ""
     return f"""# Several clients in one pass
 
 What `parallel_clients=N` saves: N clients whose batches go through the frozen base together, beside the same fits one
-after another. A ratio above 1 means that together is faster. Times are of one step of all clients, with what `Trainer`
-does around it; {args.repeats} pairs of {args.steps} steps, medians, and for the ratio also the range.{memory}
+after another. A ratio above 1 means that together is faster. {clock} of one step of all clients, with what `Trainer`
+does around it: {args.repeats} pairs of {args.steps} steps, medians, and for the ratio also the range.{memory}
 
 On {device}, the ratio by model, batch x clients:
 

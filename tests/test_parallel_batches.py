@@ -2,6 +2,7 @@
 
 import threading
 
+import parallel_clients
 import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -112,3 +113,13 @@ def test_a_function_that_is_cancelled_cleans_up_and_leaves_no_thread():
     assert cleaned == ["once"]
     assert threading.active_count() == threads
     assert not issubclass(Cancelled, Exception)
+
+
+def test_the_benchmark_compares_what_it_says():
+    args = parallel_clients.BenchmarkArguments(models=["tiny"], clients=[2, 3], steps=1, repeats=1, max_examples=2)
+    cases = parallel_clients.measure("tiny", 1, args)
+    assert [(case.model, case.batch, case.clients, len(case.ratios)) for case in cases] == [("tiny", 1, 2, 1)]
+    page = parallel_clients.report(cases, args, "a machine")
+    assert "| `tiny` | 1 | 2 |" in page
+    assert "a machine" in page
+    assert parallel_clients.measure("tiny", 4, args) == []
