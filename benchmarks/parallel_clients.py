@@ -186,15 +186,15 @@ def verdict(cases: list[Case]) -> str:
 
 def report(cases: list[Case], args: BenchmarkArguments, machine: str) -> str:
     """The whole page."""
-    clock = "Processor time, all threads" if args.processor_time else "Times"
+    clock = " They are processor time of all threads." if args.processor_time else ""
     device = torch.cuda.get_device_name() if args.device == "cuda" else "the CPU"
     models = "\n".join(f"- {describe_model(name)}" for name in args.models)
     memory = " Memory is the peak of what torch had allocated on the GPU." if args.device == "cuda" else ""
     return f"""# Several clients in one pass
 
 What `parallel_clients=N` saves: N clients whose batches go through the frozen base together, beside the same fits one
-after another. A ratio above 1 means that together is faster. {clock} of one step of all clients, with what `Trainer`
-does around it: {args.repeats} pairs of {args.steps} steps, medians, and for the ratio also the range.{memory}
+after another. A ratio above 1 means that together is faster. Times are of one step of all clients, with what `Trainer`
+does around it: {args.repeats} pairs of {args.steps} steps, medians, and for the ratio also the range.{clock}{memory}
 
 On {device}, the ratio by model, batch x clients:
 
