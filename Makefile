@@ -49,8 +49,7 @@ quality: install  ## Check format, lint and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-benchmarks: install  ## Measure overhead, memory, aggregation of adapters, exactness, residual storage and traffic, beside alternatives.
-benchmarks: install  ## Measure overhead, memory, aggregation of adapters, exactness, residual storage, clients in one pass, beside alternatives.
+benchmarks: install  ## Measure time, memory, exactness and traffic, side by side with the alternatives.
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 	$(BIN)/python benchmarks/memory.py $(ARGS)
 	$(BIN)/python benchmarks/aggregate.py $(ARGS)

@@ -22,7 +22,6 @@ from fedex_hf.callbacks import ClientBridge
 from fedex_hf.client import ClientRunner, FitPlan
 from fedex_hf.client_adapters import install_at_rank, install_client
 from fedex_hf.evaluation import Exactness, measure_exactness
-from fedex_hf.experimental import ParallelClients
 from fedex_hf.hub_rounds import load_round_model
 from fedex_hf.ledger import Ledger
 from fedex_hf.low_rank import lost_energy
@@ -151,7 +150,11 @@ class FederatedTrainer(PublishingTrainer):
             self._load_from_checkpoint(continued)
         self._continued = continued
         self._new_optimizer_states: dict[str, Mapping[str, Any]] = {}
-        self._parallel = ParallelClients(self) if args.parallel_clients > 1 else None
+        self._parallel = None
+        if args.parallel_clients > 1:
+            from fedex_hf.experimental import ParallelClients  # only where it is asked for
+
+            self._parallel = ParallelClients(self)
 
     @classmethod
     def from_trainer(

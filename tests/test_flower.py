@@ -532,6 +532,7 @@ def test_mods_see_numbers_where_bfloat16_travels_as_integers(tmp_path):
     [
         ({"client_optimizer_state": "keep"}, 'client_optimizer_state="keep"` is not supported on Flower'),
         ({"aggregator_kwargs": {"assignment": "keep"}}, '`assignment="keep"`\\) are not supported on Flower'),
+        ({"parallel_clients": 2}, "is for clients of one process"),
         ({"clients": ["north", "north"]}, "names a client twice"),
     ],
 )
