@@ -72,8 +72,8 @@ class FedExStrategy(Strategy):
             raise ValueError(f"`clients={names}` names a client twice. Give each its own name.")
         if args.parallel_clients > 1:
             raise ValueError(
-                f"`parallel_clients={args.parallel_clients}` is for clients of one process, and on Flower each has its "
-                "own. Leave it out."
+                f"`parallel_clients={args.parallel_clients}` is for clients of one process, and on Flower each has "
+                "its own. Leave it out."
             )
         has_data = trainer_kwargs.get("eval_dataset") is not None
         self.evaluates_on_clients = not has_data if evaluate_on_clients is None else evaluate_on_clients
