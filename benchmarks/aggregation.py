@@ -287,10 +287,11 @@ def errors_of(layer: Layer, factors: Sequence[LowRankDelta], residual: LowRankDe
     A, B = A - A.mean(0), B[:, :ROWS] - B.mean(0)[:ROWS]
     expected = SCALING * torch.einsum("kmr,krn->mn", B, A) / len(factors)
     found = {"server": residual.scaling * (residual.B[:ROWS].double() @ residual.A.double())}
-    for side, given in (("dense", factors), ("fold", residual)):
-        W = torch.zeros(layer.out_features, layer.in_features, device=A.device)
-        globals()[side](W, given)
-        found[side] = W[:ROWS].double()
+    W = torch.zeros(layer.out_features, layer.in_features, device=A.device)
+    dense(W, factors)
+    found["dense"] = W[:ROWS].double()
+    fold(W.zero_(), residual)
+    found["fold"] = W[:ROWS].double()
     return {side: float((update - expected).norm() / expected.norm()) for side, update in found.items()}
 
 

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fedex_hf.lora_site import LoraSite
-from fedex_hf.low_rank import at_scaling, compress, concatenate, doubled, lost_energy, max_useful_rank
+from fedex_hf.low_rank import (
+    at_scaling,
+    compress,
+    concatenate,
+    doubled,
+    lost_energy,
+    max_useful_rank,
+    narrowed,
+    needs_every_factor,
+)
 from fedex_hf.updates import LowRankDelta
 
 
@@ -46,7 +55,8 @@ class Ledger:
         """A new ledger with one round's residuals added; this one is left as it is.
 
         Stacked factors are the exact sum. They are brought down to the rank that they need whenever they have doubled
-        and before a layer turns dense, so that doing it costs little; with `rank` or `tolerance` each time.
+        and before a layer turns dense, so that doing it costs little, unless a bound shows that all of it is
+        needed; with `rank` or `tolerance` each time.
 
         Args:
             residuals: Layer name -> the round's residual.
@@ -60,14 +70,15 @@ class Ledger:
         for name, residual in residuals.items():
             site = sites[name]
             if name in matrices:
-                matrices[name] = (matrices[name].double() + site.dense(residual)).float()
+                matrices[name] = site.dense(residual).add_(matrices[name]).float()
                 continue
             before, residual = factors.pop(name, None), _float32_at(residual, site.scaling)
             total = smallest = residual if before is None else concatenate([before, residual])
             limit = max_useful_rank(total)
-            truncated = rank is not None or tolerance is not None
-            if truncated or total.rank >= limit or before is None or _has_doubled(before, total):
+            if rank is not None or tolerance is not None:
                 smallest = compress(total, rank, tolerance=tolerance)
+            elif total.rank >= limit or before is None or _has_doubled(before, total):
+                smallest = total if needs_every_factor(narrowed(total)) else compress(total)
             if smallest.rank < limit:
                 factors[name] = smallest if smallest.rank < total.rank else total
             else:

@@ -1,4 +1,4 @@
-"""Algebra of `LowRankDelta`: sums, exact recompression, best approximation; never an m x n matrix.
+"""Algebra of `LowRankDelta`: sums, exact recompression, best approximation; no m x n matrix but in `narrowed`.
 
 A product `B @ A` of rank at most rho is described by the QR factors of `B` and of `A` transposed and a rho x rho core;
 everything here costs O((m + n) rho^2). Computed in float64, returned in the dtype that came in.
@@ -12,6 +12,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from fedex_hf.updates import LowRankDelta
+
+
+_COLUMNS, _RANKS = 768, 64  # of a block in `narrowed`: as many as make fast products, and at least so many
 
 
 def concatenate(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
@@ -51,6 +54,47 @@ def padded(delta: LowRankDelta, rank: int) -> LowRankDelta:
         return delta
     A, B = torch.nn.functional.pad(delta.A, (0, 0, 0, more)), torch.nn.functional.pad(delta.B, (0, more))
     return LowRankDelta(A, B, delta.scaling, delta.cut)
+
+
+def narrowed(delta: LowRankDelta) -> LowRankDelta:
+    """The same update with no more factors than its smaller side needs: beyond that, the product and an identity.
+
+    Unlike `compress` it decomposes nothing and does not look for a smaller rank.
+
+    Returns:
+        `delta` itself up to rank `min(out_features, in_features)`; otherwise factors of that rank, of which one is the
+        product, summed in float64 and rounded once to the dtype that came in.
+    """
+    m, n = delta.out_features, delta.in_features
+    if delta.rank <= min(m, n):
+        return delta
+    A, B = (factor.reshape(-1, *factor.shape[-2:]) for factor in (delta.A, delta.B))
+    product = A.new_empty(len(A), m, n)
+    # Of float32 factors, what is float64 at a time is as large as 0.8 (sums) and 0.125 (factors) of them.
+    width, ranks = min(_COLUMNS, max(2 * delta.rank * (m + n) // (5 * m), 1)), max(_RANKS, delta.rank // 16)
+    for columns, out in zip(A.split(width, -1), product.split(width, -1), strict=True):
+        total = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
+        for right, left in zip(columns.split(ranks, -2), B.split(ranks, -1), strict=True):
+            total.baddbmm_(left.double(), right.double())
+        out.copy_(total)
+    product = product.view(*delta.A.shape[:-2], m, n)
+    identity = torch.eye(min(m, n), dtype=A.dtype, device=A.device).expand(*delta.A.shape[:-2], -1, -1).contiguous()
+    return LowRankDelta(*((identity, product) if n <= m else (product, identity)), delta.scaling, delta.cut)
+
+
+def needs_every_factor(delta: LowRankDelta) -> bool:
+    """Whether `compress` is certain to find no smaller rank, at a fraction of its cost; if `False`, it may or may not.
+
+    With Cholesky factors `L_B`, `L_A` of the Gram matrices, the smallest singular value of `B @ A` is at least
+    `1 / (|L_B^-1| |L_A^-1|)`, the largest at most `|B @ A|` (Frobenius norms).
+    """
+    if delta.rank > min(delta.out_features, delta.in_features):
+        return False
+    A, B = delta.A.double(), delta.B.double()
+    grams = B.mT @ B, A @ A.mT
+    smallest = _least_eigenvalue(grams[0], delta.out_features) * _least_eigenvalue(grams[1], delta.in_features)
+    largest = (grams[0] * grams[1]).sum((-2, -1))
+    return bool(smallest.gt(_noise(delta.A.dtype) ** 2 * largest).any())  # the rank is that of the largest expert's
 
 
 def compress(
@@ -103,9 +147,7 @@ def decompose(
         Factors in float64, each singular value split evenly between them, scaling 1.
     """
     U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    # Anything below this is rounding of that dtype: it carries nothing and would only cost rank.
-    noise = 1e-2 * torch.finfo(resolution).eps * S.amax(-1, keepdim=True)
-    numerical = keep = max(int(S.gt(noise).sum(-1).max()), 1)
+    numerical = keep = max(int(S.gt(_noise(resolution) * S.amax(-1, keepdim=True)).sum(-1).max()), 1)
     energies = S.square()
     if tolerance is not None:
         tail = energies.flip(-1).cumsum(-1).flip(-1)  # what keeping only the singular values before each would lose
@@ -162,3 +204,18 @@ def _core(delta: LowRankDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     left, left_core = torch.linalg.qr(delta.B.double())
     right, right_core = torch.linalg.qr(delta.A.double().mT)
     return left, left_core @ right_core.mT, right
+
+
+def _noise(resolution: torch.dtype) -> float:
+    """Singular values below this share of the largest are rounding of a dtype: they carry nothing, and cost rank."""
+    return 1e-2 * torch.finfo(resolution).eps
+
+
+def _least_eigenvalue(gram: torch.Tensor, terms: int) -> torch.Tensor:
+    """A lower bound for a Gram matrix in float64 whose entries are sums of so many terms, or one per expert."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    rounding = 4 * (terms + gram.shape[-1]) * torch.finfo(gram.dtype).eps * gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    bound = (1 / inverse.square().sum((-2, -1)) - rounding).clamp(min=0)
+    return torch.where(failed == 0, bound, 0)

@@ -20,7 +20,7 @@ from dataclasses import replace
 
 import torch
 
-from fedex_hf.low_rank import compress, concatenate, padded, plain_product
+from fedex_hf.low_rank import concatenate, narrowed, padded, plain_product
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
 
 
@@ -41,7 +41,7 @@ def reinitialise(update: GlobalUpdate, seed: int, round: int) -> GlobalUpdate:
     for layer, mean in update.adapters.items():
         residual = [update.residuals[layer]] if layer in update.residuals else []
         whole = concatenate([*residual, _in_float32(mean)])
-        residuals[layer] = compress(whole) if whole.rank > min(whole.out_features, whole.in_features) else whole
+        residuals[layer] = narrowed(whole)
         adapters[layer] = LowRankDelta(
             fresh_factor(mean.A, f"{seed}/{round}/{layer}"), torch.zeros_like(mean.B), mean.scaling
         )

@@ -8,23 +8,34 @@ the scaling, bars for weighted means:
     residual  s sum w_i (B_i - B̄)(A_i - Ā)    (eq. 14 in centred form: equal, without cancellation)
 
 The paper bounds the residual's rank by k r. The k centred factors obey one linear relation, `sum w_i (B_i - B̄) = 0`,
-so the rank is at most (k - 1) r. `_contrasts` uses this: an orthonormal change of basis over the clients leaves k - 1
-pairs of factors with the same sum of products, so no m x n matrix and no decomposition is needed.
+so the rank is at most (k - 1) r. An orthonormal change of basis over the clients, the Householder reflection that
+takes `sqrt(w)` to the first axis, leaves k - 1 pairs of factors with the same sum of products. Multiplied out, each is
+one client's distance from a point between the mean and the first client, `u = sqrt(w_1)`:
+
+    residual  s sum_{j > 1} w_j (B_j - P)(A_j - Q),  P = (u B_1 + B̄) / (1 + u),  Q = (u A_1 + Ā) / (1 + u)
+
+So no m x n matrix, no product and no decomposition is needed.
 
 The paper's other two assignments (section 5, Table 4) rearrange this result: see `assignments.py`.
 """
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 
 from fedex_hf.aggregators.assignments import ASSIGNMENTS, keep, reinitialise
-from fedex_hf.aggregators.base import Aggregator, lost_by_rounding, mean_factors, weighted_mean
+from fedex_hf.aggregators.base import Aggregator, lost_by_rounding, mean_factors
 from fedex_hf.aggregators.ranks import WIDE
-from fedex_hf.low_rank import compress, concatenate
+from fedex_hf.low_rank import compress, concatenate, narrowed
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
+
+
+# How many numbers of all clients are float64 at a time, by device: 2 MB stay in a CPU's cache, a GPU wants more.
+_BLOCKS = defaultdict(lambda: 2**24, cpu=2**18)
 
 
 class FedExAggregator(Aggregator):
@@ -97,20 +108,17 @@ class FedExAggregator(Aggregator):
     def aggregate_layer(
         self, factors: Sequence[LowRankDelta], client_weights: torch.Tensor
     ) -> tuple[LowRankDelta, LowRankDelta | None]:
-        mean = mean_factors(factors, client_weights)
         if len(factors) == 1:
-            return mean, None
-        residual = exact_residual(factors, client_weights)
-        if mean.A.dtype not in WIDE:
-            residual = concatenate([residual, lost_by_rounding(_unrounded(factors, client_weights), mean)])
-        return mean, residual
+            return mean_factors(factors, client_weights), None
+        first = factors[0]
+        if first.A.dtype in WIDE:
+            return means_and_residual(factors, client_weights, first.A.dtype)
+        unrounded, residual = means_and_residual(factors, client_weights)
+        mean = LowRankDelta(unrounded.A.to(first.A.dtype), unrounded.B.to(first.B.dtype), first.scaling)
+        return mean, concatenate([residual, lost_by_rounding(unrounded, mean)])
 
     def shorten(self, residual: LowRankDelta) -> LowRankDelta:
-        if self.residual_rank is not None:
-            return compress(residual, self.residual_rank)
-        if residual.rank > min(residual.out_features, residual.in_features):
-            return compress(residual)  # many clients: no update needs more factors than its smaller side
-        return residual
+        return narrowed(residual) if self.residual_rank is None else compress(residual, self.residual_rank)
 
 
 def _check_assignment(assignment: str, residual_rank: int | None, seed: int) -> None:
@@ -130,45 +138,84 @@ def _check_assignment(assignment: str, residual_rank: int | None, seed: int) -> 
 
 
 def exact_residual(factors: Sequence[LowRankDelta], client_weights: torch.Tensor) -> LowRankDelta:
-    """The residual `s sum w_i (B_i - B̄)(A_i - Ā)` of one layer as two thin factors.
+    """The residual `s sum w_i (B_i - B̄)(A_i - Ā)` of one layer as two thin factors; see `means_and_residual`."""
+    return means_and_residual(factors, client_weights)[1]
+
+
+def means_and_residual(
+    factors: Sequence[LowRankDelta], client_weights: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[LowRankDelta, LowRankDelta]:
+    """What the server makes of one layer, computed in float64.
 
     Args:
         factors: k >= 2 clients' factors, `A` of shape `(r, in_features)`, `B` of shape `(out_features, r)`.
         client_weights: Tensor of shape `(k,)`, float64, sum 1.
+        dtype: That the means are rounded to.
 
     Returns:
-        Factors of rank `(k - 1) r` around the unrounded means, computed in float64 and rounded once to float32.
+        `Ā` and `B̄`, and the residual around them before that rounding: factors of rank `(k - 1) r`, float32.
     """
-    contrasts = _contrasts(client_weights)
-    A = _centred([delta.A for delta in factors], client_weights)
-    B = _centred([delta.B for delta in factors], client_weights)
+    first, k = factors[0], len(factors)
+    *experts, r, n = first.A.shape
+    m = first.out_features
     # The k - 1 contrasts of the clients become further rows of A and columns of B; experts stay in front.
-    A = torch.einsum("ij,i...rn->...jrn", contrasts, A).flatten(-3, -2)
-    B = torch.einsum("ij,i...mr->...mjr", contrasts, B).flatten(-2, -1)
-    return LowRankDelta(A.float(), B.float(), factors[0].scaling)
+    A = torch.empty(*experts, k - 1, r, n, device=first.A.device)
+    B = torch.empty(*experts, m, k - 1, r, device=first.B.device)
+    mean_A = torch.empty(*experts, r, n, device=first.A.device, dtype=dtype)
+    mean_B = torch.empty(*experts, m, r, device=first.B.device, dtype=dtype)
+    # Blocks are taken along the long dimension of each factor.
+    _contrasts([delta.A for delta in factors], client_weights, mean_A, A.movedim(-3, 0), dim=-1)
+    _contrasts([delta.B for delta in factors], client_weights, mean_B, B.movedim(-2, 0), dim=-2)
+    return (
+        LowRankDelta(mean_A, mean_B, first.scaling),
+        LowRankDelta(A.flatten(-3, -2), B.flatten(-2), first.scaling),
+    )
 
 
-def _unrounded(factors: Sequence[LowRankDelta], client_weights: torch.Tensor) -> LowRankDelta:
-    """`Ā` and `B̄` in float64."""
-    A = weighted_mean([delta.A for delta in factors], client_weights)
-    B = weighted_mean([delta.B for delta in factors], client_weights)
-    return LowRankDelta(A, B, factors[0].scaling)
+def _contrasts(
+    tensors: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    mean: torch.Tensor,
+    contrasts: torch.Tensor,
+    dim: int,
+) -> None:
+    """The mean, and `sqrt(w_j) (X_j - P)` of all clients but the first, with `P` of this file's docstring.
 
-
-def _centred(tensors: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """`sqrt(w_i) (X_i - X̄)` stacked to shape `(k, ..., rows, columns)`, float64."""
-    stacked = torch.stack([tensor.double() for tensor in tensors]) - weighted_mean(tensors, weights)
-    return stacked * weights.sqrt().view(-1, *[1] * tensors[0].ndim)
-
-
-def _contrasts(weights: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns orthogonal to `sqrt(w)`: shape `(k, k - 1)`, float64.
-
-    They are all but the first column of the Householder reflection that takes `sqrt(w)` to the first axis. The
-    weighted centred factors are orthogonal to `sqrt(w)` over the clients, so projecting on these loses nothing.
+    Args:
+        tensors: The k clients' factors, of one shape.
+        weights: Tensor of shape `(k,)`, float64, sum 1.
+        mean: Tensor of that shape to write the mean into.
+        contrasts: Tensor of shape `(k - 1, ...)`, float32, to write the others into.
+        dim: Dimension to take block by block, so that what is float64 stays in the processor's cache.
     """
-    unit = weights.sqrt()
-    normal = unit.clone()
-    normal[0] += 1.0  # unit[0] > 0: adding keeps away from zero
-    reflection = torch.eye(len(unit), dtype=torch.float64) - torch.outer(normal, normal) / (1.0 + unit[0])
-    return reflection[:, 1:]
+    numbers, largest = len(tensors) * mean.numel(), _BLOCKS[mean.device.type]
+    # Half of the numbers in float64 are as large as all of them in float32.
+    block = min(largest, max(largest // 16, numbers // 2))
+    size = max(block * mean.shape[dim] // numbers, 1)
+    given = (weights.tolist(), weights.sqrt().view(-1, *[1] * mean.ndim).to(mean.device))
+    if size >= mean.shape[dim]:
+        _contrast_block(tensors, *given, mean, contrasts)
+        return
+    blocks = [each.split(size, dim) for each in (mean, contrasts, *tensors)]
+    for to_mean, to_contrasts, *pieces in zip(*blocks, strict=True):
+        _contrast_block(pieces, *given, to_mean, to_contrasts)
+
+
+def _contrast_block(
+    tensors: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    roots: torch.Tensor,
+    mean: torch.Tensor,
+    contrasts: torch.Tensor,
+) -> None:
+    """`_contrasts` of one block; `roots` are those of the weights, of shape `(k, 1, ...)`, float64."""
+    doubled = torch.empty(len(tensors), *mean.shape, dtype=torch.float64, device=mean.device)
+    clients = doubled.unbind()
+    total = torch.zeros_like(clients[0])
+    for client, tensor, weight in zip(clients, tensors, weights, strict=True):
+        total.add_(client.copy_(tensor), alpha=weight)
+    mean.copy_(total)
+    first = math.sqrt(weights[0])
+    doubled.sub_(total.add_(clients[0], alpha=first).div_(1.0 + first)).mul_(roots)
+    for client, to in zip(clients[1:], contrasts.unbind(), strict=True):
+        to.copy_(client)

@@ -1,0 +1,335 @@
+"""What a round's aggregation costs, counted and not timed: products, decompositions and bytes, in known cases."""
+
+import numpy as np
+import pytest
+import torch
+from aggregation import dense
+from memory import _peak_allocated
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedex_hf import FedExAggregator, Ledger, LowRankDelta
+from fedex_hf.aggregators.fedex import means_and_residual
+from fedex_hf.lora_site import sites_of
+from fedex_hf.low_rank import compress, concatenate, narrowed, needs_every_factor
+
+
+OUT, IN, SCALING = 384, 256, 0.75
+DECOMPOSITIONS = ("linalg_qr", "_linalg_svd", "_linalg_eigh", "geqrf")
+
+
+class Costs(TorchDispatchMode):
+    """Counts what torch does while the mode is on.
+
+    Attributes:
+        operations: Of all matrix products, multiplications and additions.
+        decompositions: Names of the decompositions.
+        allocations: Bytes of every tensor with memory of its own that an operator returned.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.decompositions, self.allocations = 0, [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"):
+            left, right = [each for each in args if isinstance(each, torch.Tensor)][-2:]
+            self.operations += 2 * left.numel() * right.shape[-1]
+        self.decompositions += [name] if name in DECOMPOSITIONS else []
+        given = {each.untyped_storage().data_ptr() for each in _tensors([*args, *(kwargs or {}).values()])}
+        new = [each for each in _tensors([found]) if each.untyped_storage().data_ptr() not in given]
+        self.allocations += [each.untyped_storage().nbytes() for each in new]
+        return found
+
+
+def _tensors(values):
+    for each in values:
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, (list, tuple)):
+            yield from _tensors(each)
+
+
+def factors_of(clients, rank, *, experts=(), seed=0, dtype=torch.float32, size=(OUT, IN)):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        LowRankDelta(
+            torch.randn(*experts, rank, size[1], generator=generator).to(dtype),
+            torch.randn(*experts, size[0], rank, generator=generator).to(dtype),
+            SCALING,
+        )
+        for _ in range(clients)
+    ]
+
+
+def shares(clients):
+    weights = torch.arange(1, clients + 1, dtype=torch.float64)
+    return weights / weights.sum()
+
+
+def server(factors):
+    aggregator = FedExAggregator()
+    mean, residual = aggregator.aggregate_layer(factors, shares(len(factors)))
+    return mean, aggregator.shorten(residual)
+
+
+def nbytes(deltas):
+    return sum(delta.nbytes for delta in deltas)
+
+
+def ideal(factors):
+    return sum(
+        weight * SCALING * (delta.B.double().numpy() @ delta.A.double().numpy())
+        for weight, delta in zip(shares(len(factors)).numpy(), factors, strict=True)
+    )
+
+
+def error(found, expected):
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+def effective(mean, residual):
+    return sum(delta.scaling * (delta.B.double().numpy() @ delta.A.double().numpy()) for delta in (mean, residual))
+
+
+# ---- The server ----
+
+
+@pytest.mark.parametrize("experts", [(), (3,)], ids=["matrix", "experts"])
+@pytest.mark.parametrize(("clients", "rank"), [(2, 4), (3, 4), (3, 32), (10, 8)])
+def test_no_product_no_decomposition_and_few_bytes(clients, rank, experts):
+    factors = factors_of(clients, rank, experts=experts)
+    with Costs() as costs:
+        results = server(factors)
+    assert costs.operations == 0
+    assert costs.decompositions == []
+    # Float64 once, the mean, the results: however often they are, these are all the bytes there were.
+    assert sum(costs.allocations) < 5 * nbytes(factors)
+    assert len(costs.allocations) < 40
+    assert results[1].rank == (clients - 1) * rank
+
+
+def test_the_dense_formula_costs_more():
+    """The twin: what the bounds above are good for."""
+    factors, W = factors_of(3, 4), torch.zeros(OUT, IN)
+    with Costs() as costs:
+        dense(W, factors)
+    assert costs.operations == 2 * OUT * IN * 4 * (3 + 1)
+    assert sum(costs.allocations) > 5 * nbytes(factors)
+    with Costs() as costs:
+        server(factors)
+    assert costs.operations == 0
+
+
+@pytest.mark.parametrize("clients", [80, 200])
+def test_many_clients_cost_one_product(clients):
+    rank, smaller = 4, min(OUT, IN)
+    stacked = (clients - 1) * rank
+    assert stacked > smaller
+    factors = factors_of(clients, rank)
+    with Costs() as costs:
+        mean, residual = server(factors)
+    assert costs.operations == 2 * OUT * IN * stacked
+    assert costs.decompositions == []
+    assert residual.rank == smaller
+    assert error(effective(mean, residual), ideal(factors)) < 1e-7
+    # The twins: a decomposition finds the same, and the float32 sum of the products is not as exact.
+    with Costs() as costs:
+        compress(means_and_residual(factors, shares(clients))[1])
+    assert costs.decompositions
+    products = sum(w * (delta.B @ delta.A) for w, delta in zip(shares(clients).float(), factors, strict=True))
+    assert error(SCALING * products.double().numpy(), ideal(factors)) > 1.5 * error(
+        effective(mean, residual), ideal(factors)
+    )
+
+
+@pytest.mark.parametrize(
+    ("clients", "rank", "size"),
+    [
+        (2, 16, (768, 768)),
+        (3, 4, (768, 3072)),
+        (10, 32, (768, 768)),
+        (3, 4, (8192, 3072)),
+        (26, 32, (768, 768)),
+        (50, 32, (2304, 768)),
+    ],
+    ids=str,
+)
+def test_temporary_memory_is_at_most_twice_the_factors(clients, rank, size):
+    factors = factors_of(clients, rank, size=size)
+    with _peak_allocated() as peaks:
+        results = server(factors)
+    assert peaks["whole run"] > nbytes(results)  # the profiler has seen something
+    assert peaks["whole run"] - nbytes(results) < 2 * nbytes(factors)
+
+
+def test_temporary_memory_of_the_dense_formula():
+    """The twin."""
+    factors = factors_of(3, 4, size=(768, 3072))
+    W = torch.zeros(768, 3072)
+    with _peak_allocated() as peaks:
+        dense(W, factors)
+    assert peaks["whole run"] > 20 * nbytes(factors)
+
+
+@pytest.mark.parametrize("block", [1, 7, 100, 1000, 2**18])
+@pytest.mark.parametrize("experts", [(), (3,)], ids=["matrix", "experts"])
+def test_blocks_change_no_bit(block, experts, monkeypatch):
+    from fedex_hf.aggregators import fedex
+
+    factors = factors_of(3, 2, experts=experts, size=(23, 17))
+    expected = means_and_residual(factors, shares(3))
+    monkeypatch.setitem(fedex._BLOCKS, "cpu", block)
+    found = means_and_residual(factors, shares(3))
+    for left, right in zip(expected, found, strict=True):
+        assert torch.equal(left.A, right.A)
+        assert torch.equal(left.B, right.B)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_each_number_of_the_residual_is_rounded_once(offset):
+    """However the work is cut up, what travels is the float64 formula, rounded to float32."""
+    factors = [LowRankDelta(delta.A + offset, delta.B + offset, SCALING) for delta in factors_of(3, 4)]
+    weights = shares(3).numpy()
+    residual = means_and_residual(factors, shares(3))[1]
+
+    def contrasts(tensors, dtype):
+        stacked = [tensor.numpy().astype(dtype) for tensor in tensors]
+        u = dtype(np.sqrt(weights[0]))
+        point = (u * stacked[0] + sum(dtype(w) * x for w, x in zip(weights, stacked, strict=True))) / (1 + u)
+        return [dtype(np.sqrt(w)) * (x - point) for w, x in zip(weights[1:], stacked[1:], strict=True)]
+
+    def exact(dtype):
+        A = np.concatenate(contrasts([delta.A for delta in factors], dtype), axis=0).astype(np.float32)
+        B = np.concatenate(contrasts([delta.B for delta in factors], dtype), axis=1).astype(np.float32)
+        return A, B
+
+    def differing(dtype):
+        pairs = zip(exact(dtype), (residual.A.numpy(), residual.B.numpy()), strict=True)
+        return max(np.mean(expected != found) for expected, found in pairs)
+
+    assert differing(np.longdouble) < 1e-3
+    assert differing(np.float32) > 0.3  # the twin
+
+
+# ---- Residuals of large rank ----
+
+
+@pytest.mark.parametrize("size", [(23, 17), (17, 23), (20, 20), (1100, 30), (30, 1100)], ids=str)
+@pytest.mark.parametrize("experts", [(), (2,)], ids=["matrix", "experts"])
+def test_narrowed_multiplies_out(size, experts):
+    (delta,) = factors_of(1, 300, experts=experts, size=size)
+    narrow = narrowed(delta)
+    assert narrow.rank == min(size)
+    assert narrow.scaling == SCALING
+    assert narrow.A.dtype == narrow.B.dtype == torch.float32
+    assert narrow.A.is_contiguous()
+    assert narrow.B.is_contiguous()
+    exact = SCALING * (delta.B.double().numpy() @ delta.A.double().numpy())
+    assert error(narrow.to_dense().numpy(), exact) < 4e-8  # half a unit in the last place
+    in_float32 = SCALING * (delta.B @ delta.A).double().numpy()
+    assert error(in_float32, exact) > 2 * error(narrow.to_dense().numpy(), exact)  # the twin
+
+
+def test_narrowed_leaves_alone_what_is_narrow():
+    (delta,) = factors_of(1, 17, size=(23, 17))
+    assert narrowed(delta) is delta
+
+
+# ---- The rank of a sum ----
+
+
+def with_spectrum(values, size=(40, 30), seed=0, dtype=torch.float32):
+    generator = np.random.default_rng(seed)
+    U = np.linalg.qr(generator.normal(size=(size[0], len(values))))[0]
+    V = np.linalg.qr(generator.normal(size=(size[1], len(values))))[0]
+    root = np.sqrt(values)
+    return LowRankDelta(torch.tensor((V * root).T).to(dtype), torch.tensor(U * root).to(dtype), SCALING)
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-6, 1e-8])
+def test_a_full_rank_is_seen_without_a_decomposition(smallest):
+    delta = with_spectrum(np.geomspace(1.0, smallest, 8))
+    with Costs() as costs:
+        assert needs_every_factor(delta)
+    assert costs.decompositions == []
+    assert compress(delta).rank == 8
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_rank_is_called_full_that_compress_would_lower(seed):
+    generator = np.random.default_rng(seed)
+    rank = int(generator.integers(2, 12))
+    plain = with_spectrum(10.0 ** -generator.uniform(0, 14, rank), seed=seed)
+    repeated = concatenate([plain, LowRankDelta(plain.A, plain.B * float(generator.normal()), SCALING)])
+    mixed = torch.tensor(generator.normal(size=(rank, rank))).float()
+    turned = LowRankDelta(mixed @ plain.A, plain.B, SCALING)
+    small = LowRankDelta(plain.A, plain.B * 1e-30, SCALING)
+    for delta in (plain, repeated, turned, small, LowRankDelta(plain.A, torch.zeros_like(plain.B))):
+        assert not needs_every_factor(delta) or compress(delta).rank == delta.rank
+    assert not needs_every_factor(repeated)
+
+
+def test_more_factors_than_the_smaller_side_are_never_needed():
+    (delta,) = factors_of(1, 18, size=(23, 17))
+    assert not needs_every_factor(delta)
+    assert needs_every_factor(narrowed(delta))
+
+
+def test_one_expert_of_full_rank_is_enough():
+    full, less = with_spectrum([3.0, 2.0, 1.0]), with_spectrum([3.0, 2.0, 0.0], seed=1)
+    both = LowRankDelta(torch.stack([full.A, less.A]), torch.stack([full.B, less.B]), SCALING)
+    none = LowRankDelta(torch.stack([less.A, less.A]), torch.stack([less.B, less.B]), SCALING)
+    assert needs_every_factor(both)
+    assert not needs_every_factor(none)
+    assert (compress(both).rank, compress(none).rank) == (3, 2)
+
+
+# ---- The ledger ----
+
+
+def site_of(size=(96, 64), rank=4):
+    model = nn.ModuleDict({"layer": nn.Linear(size[1], size[0], bias=False)})
+    lora = LoraConfig(r=rank, lora_alpha=SCALING * rank, target_modules=["layer"])
+    return sites_of(inject_adapter_in_model(lora, model), "default")
+
+
+def test_the_ledger_decomposes_nothing_where_all_of_it_is_needed():
+    sites, ledger, total = site_of(), Ledger(), 0.0
+    kinds = []
+    for number in range(8):
+        residual = server(factors_of(3, 4, seed=number, size=(96, 64)))[1]
+        with Costs() as costs:
+            ledger = ledger.plus({"layer": residual}, sites)
+        assert costs.decompositions == []
+        kinds.append("matrix" if ledger.matrices else "factors")
+        total = total + residual.to_dense().numpy()
+        assert error(ledger.dense("layer", sites["layer"]).numpy(), total) < 1e-7
+    assert kinds == ["factors"] * 4 + ["matrix"] * 4  # factors of rank 39 and more are no smaller
+
+
+def test_the_ledger_still_looks_for_a_smaller_rank():
+    """The twin: rounds that repeat themselves are brought down."""
+    sites, ledger, decompositions = site_of(), Ledger(), []
+    residual = server(factors_of(3, 4, size=(96, 64)))[1]
+    for _ in range(8):
+        with Costs() as costs:
+            ledger = ledger.plus({"layer": residual}, sites)
+        decompositions += costs.decompositions
+    assert decompositions
+    assert ledger.factors["layer"].rank < 32
+    assert error(ledger.dense("layer", sites["layer"]).numpy(), 8 * residual.to_dense().numpy()) < 1e-6
+
+
+def test_a_residual_that_is_multiplied_out_makes_a_dense_ledger():
+    sites = site_of()
+    residuals = [server(factors_of(30, 4, seed=seed, size=(96, 64)))[1] for seed in range(2)]
+    with Costs() as costs:
+        ledger = Ledger().plus({"layer": residuals[0]}, sites).plus({"layer": residuals[1]}, sites)
+    assert costs.decompositions == []
+    assert residuals[0].rank == 64
+    expected = sum(residual.to_dense().numpy() for residual in residuals)
+    assert error(ledger.matrices["layer"].double().numpy(), expected) < 1e-7
