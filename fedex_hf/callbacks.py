@@ -106,7 +106,7 @@ class ClientBridge(TrainerCallback):
         self._forward("on_prediction_step")
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self._forward("on_evaluate", metrics)
+        self.federation.tell_evaluation(metrics)
 
     def on_predict(self, args, state, control, metrics=None, **kwargs):
         self._forward("on_predict", metrics)

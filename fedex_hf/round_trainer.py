@@ -28,6 +28,7 @@ class RoundTrainer(CheckpointedTrainer):
     # The hooks can be called without `train()`: these hold outside a run.
     learning_rate: float = 0.0
     _fitting: dict[str, Any] | None = None
+    _further_metrics: Mapping[str, float] = {}
     _evaluate_after_round: bool = False
     _save_after_round: bool = False
     _continued: str | None = None  # the round that the constructor was given as `model`
@@ -237,6 +238,11 @@ class RoundTrainer(CheckpointedTrainer):
         if self._fitting is not None:
             self.state.log_history[-1]["client_id"] = self._fitting["client_id"]
 
+    def tell_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Tell callbacks that an evaluation is over."""
+        told = {**metrics, **self._further_metrics}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, told)
+
     def _call_federated(self, event: str, **values: Any) -> None:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FederatedCallback):
@@ -263,6 +269,15 @@ class RoundTrainer(CheckpointedTrainer):
         return self._evaluating_trainer().predict(
             test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix, **kwargs
         )
+
+    @contextmanager
+    def further_metrics(self, metrics: Mapping[str, float]) -> Iterator[None]:
+        """What callbacks are told of an evaluation inside, beside its own metrics."""
+        self._further_metrics = metrics
+        try:
+            yield
+        finally:
+            self._further_metrics = {}
 
     def _evaluating_trainer(self) -> Trainer:
         trainer = self.clients.trainer

@@ -153,7 +153,15 @@ class Lab:
 
     def strategy(self, name: str = "server", timeout: float = 60.0, **kwargs: Any) -> FedExStrategy:
         """The server's side; what is no argument of the run goes to `FedExStrategy`."""
-        own = ("clients", "connect_timeout", "evaluate_on_clients", "eval_dataset", "callbacks", "compute_metrics")
+        own = (
+            "aggregator",
+            "clients",
+            "connect_timeout",
+            "evaluate_on_clients",
+            "eval_dataset",
+            "callbacks",
+            "compute_metrics",
+        )
         given = {key: kwargs.pop(key) for key in own if key in kwargs}
         args = tiny.arguments(self.folder / name, **(self.arguments | kwargs))
         defaults = {"clients": list(self.data), "connect_timeout": 0.0}
@@ -181,6 +189,13 @@ class Lab:
     def grid(self, **kwargs: Any) -> LocalGrid:
         """All clients, connected as nodes 100, 101, ..."""
         return LocalGrid({100 + index: self.app(name) for index, name in enumerate(self.data)}, **kwargs)
+
+
+class WithoutTheSecond(FederatedTrainer):
+    """What one process does where `client-1` takes no part in round 2."""
+
+    def sample_clients(self, round: int) -> list[str]:
+        return [name for name in super().sample_clients(round) if (name, round) != ("client-1", 2)]
 
 
 def same(left: FederatedTrainer, right: FederatedTrainer) -> bool:

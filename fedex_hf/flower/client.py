@@ -9,19 +9,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
+import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from transformers.trainer_utils import has_length
 
 from fedex_hf import checkpoint as ckpt
 from fedex_hf.flower import wire
-from fedex_hf.flower.settings import agreed_settings, refuse_kept_states
+from fedex_hf.flower.settings import agreed_settings, refuse_unsupported
 from fedex_hf.ledger_difference import LedgerDifference
 from fedex_hf.trainer import FederatedTrainer
 
@@ -93,7 +97,7 @@ class RemoteClient:
                 "A client on Flower takes neither `client_ranks`, which the server sends, nor `push_to_hub`: the "
                 "server publishes the rounds. Set them in the server's arguments only."
             )
-        refuse_kept_states(trainer)
+        refuse_unsupported(trainer)
         self.trainer = trainer
         self.client_id = clients[0]
         self._file = (
@@ -178,13 +182,16 @@ class RemoteClient:
         """`train` inside mods, which get numbers to calculate with.
 
         16-bit floats, some of which travel as integers, are float32 to them; what they make of them is rounded back
-        once, so that noise is no less private for it.
+        once, so that noise is no less private for it. Their random numbers are new: a trainer has set the seed of the
+        run, which all know.
         """
+        _draw_anew()
         trainer = self.trainer
         layout = wire.layout_of(trainer.adapted, trainer.aggregator.trained_factors)
 
         def call(message: Message, context: Context) -> Message:
             reply = self.train(message, context)
+            _draw_anew()
             reply.content[wire.ARRAYS] = wire.widened(reply.content.array_records[wire.ARRAYS], layout)
             return reply
 
@@ -238,9 +245,18 @@ class RemoteClient:
     def _keep(self) -> None:
         self.trainer.federation.ledger = self.trainer.adapted.ledger
         self._file.parent.mkdir(parents=True, exist_ok=True)
+        for left in self._file.parent.glob("*.unfinished"):  # by a process that was killed
+            left.unlink(missing_ok=True)
         unfinished = self._file.with_suffix(f".{os.getpid()}.unfinished")
         LedgerDifference(None, self.base_version, ledger=self.trainer.adapted.ledger).save(unfinished)
         unfinished.replace(self._file)
+
+
+def _draw_anew() -> None:
+    """Seed Python, NumPy and torch from the operating system."""
+    random.seed()
+    np.random.seed(secrets.randbits(32))
+    torch.manual_seed(secrets.randbits(63))
 
 
 def _apply(mod: Mod, call: Call, message: Message, context: Context) -> Message:

@@ -20,6 +20,7 @@ from fedex_hf.flower.post import POLL_SECONDS, Post
 logger = logging.getLogger("flwr")
 
 _SAY_WHO_IS_MISSING_SECONDS = 60.0
+_ANSWER_SECONDS = 120.0  # a process has to start, and to load the model
 _MOST_STEPS = 10**6  # of one fit
 
 
@@ -59,28 +60,42 @@ class Roster:
         self.post = post
         self.members: dict[str, Member] = {}
         self.known: dict[str, Member] = {}  # also those that are away
+        self.cannot_replay: set[str] = set()  # clients whose machine rounds differently
         self._refused: set[int] = set()
 
-    def refresh(self, grid: Grid) -> None:
-        """Drop the clients whose nodes are gone, and ask new nodes who they are."""
+    def drop_gone(self, grid: Grid) -> dict[int, str]:
+        """Drop the clients whose nodes are gone; returns the names that the others are registered with."""
         names = {node.node_id: node.name for node in grid.get_nodes()}
         for member in [each for each in self.members.values() if each.node_id not in names]:
             self.release(member.client_id, "its node is gone")
+        return names
+
+    def ask_new(self, names: Mapping[int, str], wanted: Sequence[str], timeout: float) -> None:
+        """Ask new nodes who they are, until the clients that are wanted are there.
+
+        Args:
+            names: Node -> the name that it is registered with, empty if none.
+            wanted: Clients; a node that does not answer delays nobody once they are all there.
+            timeout: Seconds to wait for answers.
+        """
         taken = {member.node_id for member in self.members.values()} | self._refused
         new = [node_id for node_id in names if node_id not in taken]
         messages = [Message(RecordDict(), node_id, MessageType.QUERY, group_id="join") for node_id in new]
-        for reply in self.post.exchange(messages):
+        named = any(names.values())
+        for reply in self.post.exchange(messages, timeout):
             node_id = self.post.sender_of(reply)
             if node_id is None:
                 continue
             try:
-                self._admit(self._read(node_id, reply, names[node_id]))
+                self._admit(self._read(node_id, reply, names[node_id], named))
             except ValueError as error:
                 self._refused.add(node_id)
-                logger.warning("Node %d is turned away: %s", node_id, error)
-        for node_id in self.post.unanswered():
+                logger.warning("Node %d is turned away: %s", node_id, str(error)[:1000])
+            if all(client_id in self.members for client_id in wanted):
+                return
+        for node_id, reason in self.post.unanswered().items():
             self._refused.add(node_id)
-            logger.warning("Node %d does not say which client it is; it is asked again in the next round.", node_id)
+            logger.warning("Node %d does not say which client it is (%s); it is asked again later.", node_id, reason)
 
     def gather(self, grid: Grid, clients: Sequence[str], least: int, timeout: float) -> list[Member]:
         """The clients of a round that are connected, after waiting for the others.
@@ -88,18 +103,31 @@ class Roster:
         Args:
             grid: Flower's connection to the nodes.
             clients: Those that were sampled.
-            least: Number of them to wait for without end.
-            timeout: Seconds to wait for all of them.
+            least: Number of them that a round needs.
+            timeout: Seconds to wait for all of them; for the least number, as long as for a round's replies.
+
+        Raises:
+            RuntimeError: If fewer than the least number have come by then.
         """
         began, said = time.monotonic(), -_SAY_WHO_IS_MISSING_SECONDS
         while True:
             waited = time.monotonic() - began
             if waited - said >= _SAY_WHO_IS_MISSING_SECONDS:
                 self._refused.clear()  # who was turned away may have been mended
-            self.refresh(grid)
+            names = self.drop_gone(grid)
             missing = [client_id for client_id in clients if client_id not in self.members]
-            if not missing or (len(clients) - len(missing) >= least and waited >= timeout):
+            if missing:
+                self.ask_new(names, clients, min(max(timeout, _ANSWER_SECONDS), self.post.timeout))
+                missing = [client_id for client_id in clients if client_id not in self.members]
+            present = len(clients) - len(missing)
+            if not missing or (present >= least and waited >= timeout):
                 break
+            if waited >= max(timeout, self.post.timeout):
+                raise RuntimeError(
+                    f"{present} of {len(clients)} clients are connected after {waited:.0f} s, fewer than "
+                    f"`min_clients={least}`; missing: {', '.join(missing)}. The last round is in its checkpoint: "
+                    "start the nodes named above and resume, or lower `min_clients`."
+                )
             if waited - said >= _SAY_WHO_IS_MISSING_SECONDS:
                 said = waited
                 logger.info("Waiting for %s to connect", ", ".join(f"`{client_id}`" for client_id in missing))
@@ -113,7 +141,7 @@ class Roster:
         if self.members.pop(client_id, None) is not None:
             logger.info("Client `%s` left: %s", client_id, reason)
 
-    def _read(self, node_id: int, reply: Message, name: str) -> Member:
+    def _read(self, node_id: int, reply: Message, name: str, named: bool) -> Member:
         sender = f"Node {node_id}"
         if reply.has_error():
             raise wire.PayloadError(f"its app failed: {reply.error.reason}")
@@ -124,8 +152,11 @@ class Roster:
                 f"it says that it is {client_id!r}, which is no client of this federation. Allowed: "
                 f"{', '.join(map(repr, self.clients[:10]))}."
             )
-        if name not in ("", client_id):
-            raise wire.PayloadError(f"it is registered as {name!r} and says that it is {client_id!r}.")
+        if named and name != client_id:
+            raise wire.PayloadError(
+                f"it is registered as {name!r} and says that it is {client_id!r}. Where one node is registered with "
+                "`--name`, all have to be, and each speaks for the client of its name."
+            )
         self._refuse_other_settings(str(client_id), str(config.get("settings")))
         holds = config.get("base-version")
         return Member(
@@ -140,7 +171,7 @@ class Roster:
     def _refuse_other_settings(self, client_id: str, settings: str) -> None:
         try:
             theirs = dict(json.loads(settings))
-        except ValueError as error:
+        except Exception as error:  # whatever came from elsewhere
             raise wire.PayloadError(f"the settings of `{client_id}` cannot be read: {error}.") from error
         differing = difference_between(theirs, self.settings, f"at `{client_id}`", "on the server")
         if differing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from statistics import mean
@@ -20,6 +21,9 @@ from fedex_hf.updates import ClientUpdate, GlobalUpdate
 
 if TYPE_CHECKING:
     from fedex_hf.flower.strategy import FedExStrategy
+
+
+logger = logging.getLogger("flwr")
 
 
 class RemoteDataset(torch.utils.data.Dataset):
@@ -111,21 +115,29 @@ class ServerTrainer(FederatedTrainer):
             Metrics of the server's `eval_dataset`; those of the clients, weighted by their examples, under
             `eval_clients_...`, or under `eval_...` where the server has no dataset.
         """
-        metrics: dict[str, float] = {}
         here = not isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, RemoteDataset)
-        if here:
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
-        if eval_dataset is not None or not self.strategy.evaluates_on_clients:
-            return metrics
-        prefix = f"{metric_key_prefix}_clients" if here else metric_key_prefix
-        theirs = {
-            f"{prefix}_{name}": value for name, value in self.strategy.run_evaluation(self.federation.round).items()
-        }
+        theirs: dict[str, float] = {}
+        if eval_dataset is None and self.strategy.evaluates_on_clients and self.strategy.is_running:
+            prefix = f"{metric_key_prefix}_clients" if here else metric_key_prefix
+            named = self.strategy.run_evaluation(self.federation.round)
+            theirs = {f"{prefix}_{name}": value for name, value in named.items()}
         if theirs:
             self.log(dict(theirs))
-        if theirs and not here:
+        if here:
+            with self.further_metrics(theirs):
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs) | theirs
+        if not self.strategy.is_running:
+            raise RuntimeError("The clients evaluate while the run goes on, and the server has no `eval_dataset`.")
+        if theirs:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, theirs)
-        return metrics | theirs
+        return theirs
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        if self.strategy.evaluates_on_clients and name not in metrics:
+            logger.warning("Round %d: no `%s` from any client, so it is not the best.", self.federation.round, name)
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
 
 def wants_evaluation(args: Any) -> bool:

@@ -22,12 +22,19 @@ def agreed_settings(trainer: FederatedTrainer) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def refuse_kept_states(trainer: FederatedTrainer) -> None:
-    """Refuse what would have to be kept by clients and counted by the server.
+def refuse_unsupported(trainer: FederatedTrainer) -> None:
+    """Refuse what clients would have to keep and the server to count, and methods that return more than they get.
 
     Raises:
-        ValueError: With `client_optimizer_state="keep"`, or a method whose clients go on from their own factors.
+        ValueError: With `client_optimizer_state="keep"`, a method whose clients go on from their own factors, or one
+            that returns factors which clients do not train.
     """
+    extra = set(trainer.aggregator.returned_factors) - set(trainer.aggregator.trained_factors)
+    if extra:
+        raise ValueError(
+            f"The aggregator `{trainer.aggregator.name}` returns the factors {sorted(extra)}, which clients do not "
+            "train. On Flower what goes down has the keys of what comes up. Let it train them, too."
+        )
     if trainer.args.client_optimizer_state == "keep":
         raise ValueError(
             '`client_optimizer_state="keep"` is not supported on Flower: a client does not learn whether its last '

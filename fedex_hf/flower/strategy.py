@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -11,16 +11,17 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
-from fedex_hf.client_adapters import start_of
 from fedex_hf.flower import wire
 from fedex_hf.flower.post import Post
+from fedex_hf.flower.replies import read_metrics, read_update, weighted_metrics
 from fedex_hf.flower.roster import Member, Roster
 from fedex_hf.flower.server import RemoteClients, RemoteDataset, ServerTrainer, wants_evaluation
-from fedex_hf.flower.settings import agreed_settings, refuse_kept_states
+from fedex_hf.flower.settings import agreed_settings, refuse_unsupported
 from fedex_hf.flower.traffic import other_methods
+from fedex_hf.ledger_difference import LedgerMismatchError
 from fedex_hf.partition import client_names
 from fedex_hf.training_args import FederatedTrainingArguments
-from fedex_hf.updates import ClientUpdate, LowRankDelta
+from fedex_hf.updates import ClientUpdate
 
 
 logger = logging.getLogger("flwr")
@@ -43,8 +44,8 @@ class FedExStrategy(Strategy):
         clients: The federation's clients, in the order that decides their seeds; `client-0`, `client-1`, ... of
             `args.num_clients` if `None`.
         timeout: Seconds to wait for the replies of a round or an evaluation.
-        connect_timeout: Seconds to wait, at the start of a round, for sampled clients that are not connected. For
-            `args.min_clients` of them it waits for ever.
+        connect_timeout: Seconds to wait, at the start of a round, for sampled clients that are not connected; for
+            `args.min_clients` of them it waits as long as for replies.
         evaluate_on_clients: Whether clients evaluate each evaluated round on their own `eval_dataset`; if `None`, only
             where the server has no dataset.
         trainer_kwargs: Further arguments of `FederatedTrainer`, such as `peft_config`, `eval_dataset`,
@@ -82,7 +83,7 @@ class FedExStrategy(Strategy):
         self.trainer = ServerTrainer(
             model, args, train_dataset={name: RemoteDataset() for name in names}, **trainer_kwargs
         )
-        refuse_kept_states(self.trainer)
+        refuse_unsupported(self.trainer)
         self.trainer.strategy = self
         self.timeout, self.connect_timeout = timeout, connect_timeout
         self._post = Post()
@@ -91,6 +92,11 @@ class FedExStrategy(Strategy):
         self._configs = ConfigRecord(), ConfigRecord()
         self._round_began_at = 0.0
         self._result = Result()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether `start` is at work, so that clients can be asked."""
+        return self._post.grid is not None
 
     @property
     def traffic(self) -> dict[str, float]:
@@ -130,8 +136,8 @@ class FedExStrategy(Strategy):
 
         Raises:
             ValueError: If an argument would be ignored; and as `FederatedTrainer.train`.
-            RuntimeError: If fewer than `args.min_clients` updates arrive. The last round is in its checkpoint: start
-                again with `args.resume_from_checkpoint=True`.
+            RuntimeError: If fewer than `args.min_clients` connect or send an update. The last round is in its
+                checkpoint: start again with `args.resume_from_checkpoint=True`.
         """
         given = {"initial_arrays": initial_arrays, "num_rounds": num_rounds, "evaluate_fn": evaluate_fn}
         ignored = [name for name, value in given.items() if value is not None]
@@ -186,9 +192,9 @@ class FedExStrategy(Strategy):
         arrived: dict[str, ClientUpdate] = {}
         for member, reply in self._readable(replies, server_round):
             try:
-                update = self._read_update(member, reply, server_round)
+                update = read_update(trainer, member, reply, server_round)
             except ValueError as error:
-                self._leave_out(member, server_round, error)
+                self._leave_out(member, server_round, str(error))
                 continue
             member.holds = update.base_version
             arrived[member.client_id] = update
@@ -204,34 +210,6 @@ class FedExStrategy(Strategy):
         self._result.train_metrics_clientapp[server_round] = record
         return self._arrays(), record
 
-    def _read_update(self, member: Member, reply: Message, round: int) -> ClientUpdate:
-        trainer, sender = self.trainer, f"Client `{member.client_id}`"
-        config, numbers = wire.only(reply.content, wire.CONFIG), wire.only(reply.content, wire.METRICS)
-        said = config.get("client-id"), config.get("round"), config.get("base-version")
-        expected = member.client_id, round, trainer.base_version
-        if said != expected:
-            raise wire.PayloadError(f"{sender} sent an update of {said}, where {expected} was asked for.")
-        rank = trainer.args.parsed_client_ranks.get(member.client_id)
-        arrays = wire.only(reply.content, wire.ARRAYS)
-        state = wire.decode_state(arrays, trainer.adapted, trainer.aggregator.trained_factors, sender, rank)
-        offsets: Mapping[str, LowRankDelta] = {}
-        if rank is not None:
-            key = trainer.rank_key(member.client_id, round)
-            _, offsets = start_of(trainer.adapted, trainer.federation.state, rank, key)
-        return ClientUpdate(
-            client_id=member.client_id,
-            round=round,
-            num_examples=wire.number(numbers, "num-examples", int, sender, least=1),
-            adapters=state.adapters,
-            tensors=state.tensors,
-            metrics={
-                "train_loss": wire.number(numbers, "train_loss", float, sender, least=float("-inf")),
-                "steps": wire.number(numbers, "steps", int, sender, least=1),
-            },
-            offsets=offsets,
-            base_version=trainer.base_version,
-        )
-
     # ---- Evaluation ----
 
     def run_evaluation(self, round: int) -> dict[str, float]:
@@ -246,35 +224,25 @@ class FedExStrategy(Strategy):
         """One message for each connected client: the global state, and what its base lacks."""
         self._post.started()
         self._post.begin()
-        self._roster.refresh(grid)
+        self._roster.drop_gone(grid)
         members = [self._roster.members[name] for name in self._roster.clients if name in self._roster.members]
         return (self._message(member, MessageType.EVALUATE, server_round, arrays, config) for member in members)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Form the mean of the clients' metrics, weighted by the examples of their `eval_dataset`."""
         self._post.started()
-        collected: list[tuple[int, Mapping[str, float]]] = []
+        collected = []
         for member, reply in self._readable(replies, server_round):
-            numbers, sender = wire.only(reply.content, wire.METRICS), f"Client `{member.client_id}`"
             try:
-                weight = wire.number(numbers, "num-examples", int, sender, least=1)
-                named = {
-                    name.removeprefix("eval_"): float(numbers[name]) for name in numbers if name.startswith("eval_")
-                }
-            except (TypeError, ValueError) as error:
-                self._leave_out(member, server_round, error)
+                collected.append(read_metrics(self.trainer, member, reply, server_round, self._needed_metric()))
+            except ValueError as error:
+                self._leave_out(member, server_round, str(error))
                 continue
             member.holds = self.trainer.base_version
-            collected.append((weight, named))
         if not collected:
             logger.warning("Round %d: no client evaluated it.", server_round)
             return None
-        total = sum(weight for weight, _ in collected)
-        common = [name for name in collected[0][1] if all(name in named for _, named in collected)]
-        metrics: dict[str, Any] = {
-            name: sum(weight * named[name] for weight, named in collected) / total for name in common
-        }
-        record = MetricRecord(metrics | {"num_clients": len(collected), "num_examples": total})
+        record = MetricRecord(dict(weighted_metrics(collected)))
         self._result.evaluate_metrics_clientapp[server_round] = record
         return record
 
@@ -290,7 +258,8 @@ class FedExStrategy(Strategy):
         }
         records: dict[str, Any] = {wire.ARRAYS: arrays}
         if member.holds != trainer.base_version:
-            residuals, about[wire.DIFFERENCE] = wire.encode_difference(trainer.ledger_difference(member.holds))
+            since = None if member.client_id in self._roster.cannot_replay else member.holds
+            residuals, about[wire.DIFFERENCE] = wire.encode_difference(trainer.ledger_difference(since))
             records[wire.RESIDUALS] = residuals
         content = RecordDict(records | {wire.CONFIG: ConfigRecord(about)})
         return Message(content, member.node_id, kind, ttl=self._post.timeout, group_id=str(round))
@@ -303,27 +272,31 @@ class FedExStrategy(Strategy):
             if node_id is None:
                 logger.warning("Round %d: a message that nobody was asked for is ignored.", round)
             elif reply.has_error():
-                self._leave_out(by_node[node_id], round, RuntimeError(reply.error.reason))
+                self._leave_out(by_node[node_id], round, str(reply.error.reason))
             else:
                 yield by_node[node_id], reply
-        for node_id in self._post.unanswered():
-            self._leave_out(by_node[node_id], round, TimeoutError(f"no answer within {self._post.timeout:g} s"))
+        for node_id, reason in self._post.unanswered().items():
+            self._leave_out(by_node[node_id], round, reason)
 
     def _log_traffic(self, round: int, clients: int) -> None:
-        methods = {"here": (self._post.bytes_received / clients, self._post.bytes_sent / clients)}
+        post = self._post
+        methods = {"here": (post.bytes_received / max(post.received, 1), post.bytes_sent / max(post.sent, 1))}
         methods |= other_methods(self.trainer.adapted, clients)
         told = ", ".join(f"{name} {up / 1e6:.3f} and {down / 1e6:.3f}" for name, (up, down) in methods.items())
         logger.info("Round %d, MB per client up and down: %s", round, told)
 
-    def _leave_out(self, member: Member, round: int, error: Exception) -> None:
-        logger.warning(
-            "Round %d: client `%s` is left out: %s: %s",
-            round,
-            member.client_id,
-            type(error).__name__,
-            str(error)[:1000],
-        )
+    def _leave_out(self, member: Member, round: int, reason: str) -> None:
+        if LedgerMismatchError.__name__ in reason:  # replayed rounds end elsewhere there: it needs no replaying
+            self._roster.cannot_replay.add(member.client_id)
+        logger.warning("Round %d: client `%s` is left out: %s", round, member.client_id, reason[:1000])
         self._roster.release(member.client_id, "it has to say again which base it holds")
+
+    def _needed_metric(self) -> str | None:
+        """The clients' metric that the best round is chosen by, if it is one of theirs."""
+        name = (self.trainer.args.metric_for_best_model or "").removeprefix("eval_")
+        if isinstance(self.trainer.eval_dataset, RemoteDataset):
+            return name or None
+        return name.removeprefix("clients_") if name.startswith("clients_") else None
 
     def _arrays(self) -> ArrayRecord:
         return wire.encode_state(self.trainer.federation.state, self.trainer.aggregator.trained_factors)
