@@ -55,6 +55,7 @@ benchmarks: install  ## Measure time, memory, exactness and traffic, side by sid
 	$(BIN)/python benchmarks/aggregate.py $(ARGS)
 	$(BIN)/python benchmarks/exactness.py $(ARGS)
 	$(BIN)/python benchmarks/storage.py $(ARGS)
+	$(BIN)/python benchmarks/aggregation.py $(ARGS)
 	$(BIN)/python benchmarks/traffic.py $(ARGS)
 	$(BIN)/python benchmarks/parallel_clients.py $(ARGS)
 

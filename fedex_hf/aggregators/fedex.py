@@ -209,13 +209,19 @@ def _contrast_block(
     contrasts: torch.Tensor,
 ) -> None:
     """`_contrasts` of one block; `roots` are those of the weights, of shape `(k, 1, ...)`, float64."""
-    doubled = torch.empty(len(tensors), *mean.shape, dtype=torch.float64, device=mean.device)
+    first = math.sqrt(weights[0])
+    if mean.device.type != "cpu":  # there each call costs as much as the arithmetic: few of them, for all clients
+        doubled = torch.stack(list(tensors)).double()
+        total = torch.tensordot(roots.flatten().square(), doubled, dims=1)
+        mean.copy_(total)
+        contrasts.copy_(doubled.sub_(total.add_(doubled[0], alpha=first).div_(1.0 + first)).mul_(roots)[1:])
+        return
+    doubled = torch.empty(len(tensors), *mean.shape, dtype=torch.float64)
     clients = doubled.unbind()
     total = torch.zeros_like(clients[0])
     for client, tensor, weight in zip(clients, tensors, weights, strict=True):
         total.add_(client.copy_(tensor), alpha=weight)
     mean.copy_(total)
-    first = math.sqrt(weights[0])
     doubled.sub_(total.add_(clients[0], alpha=first).div_(1.0 + first)).mul_(roots)
     for client, to in zip(clients[1:], contrasts.unbind(), strict=True):
         to.copy_(client)
