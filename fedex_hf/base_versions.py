@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,22 @@ logger = logging.get_logger(__name__)
 
 class StaleUpdateError(ValueError):
     """A client trained on another base than the present one."""
+
+
+class PendingVersion:
+    """The version of a base with a ledger; hashing both waits until someone asks for the text.
+
+    Args:
+        ledger: All residuals.
+        name: Gives a ledger's version.
+    """
+
+    def __init__(self, ledger: Ledger, name: Callable[[Ledger], str]) -> None:
+        self.ledger = ledger
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name(self.ledger)
 
 
 def base_digest(adapted: AdaptedModel) -> str:
@@ -76,13 +92,17 @@ def tensors_of(factors: Mapping[str, LowRankDelta], matrices: Mapping[str, torch
     return tensors | {f"matrices/{name}": matrix for name, matrix in matrices.items()}
 
 
-def refuse_stale(update: ClientUpdate, version: str) -> None:
+def refuse_stale(update: ClientUpdate, version: str | PendingVersion) -> None:
     """Refuse an update that was trained on another base; one that does not say is taken at its word.
+
+    Args:
+        update: The update.
+        version: The present base version. Pending, it is not formed for an update that holds the same object.
 
     Raises:
         StaleUpdateError: If it names another version.
     """
-    if update.base_version not in (None, version):
+    if not update.was_trained_on(version):
         raise StaleUpdateError(
             f"The update of client `{update.client_id}` for round {update.round} was trained on the base version "
             f"{update.base_version}, and the present one is {version}. Bring the client up to date with "
@@ -91,12 +111,12 @@ def refuse_stale(update: ClientUpdate, version: str) -> None:
         )
 
 
-def present_updates(updates: Sequence[ClientUpdate], version: str, skip: bool) -> list[ClientUpdate]:
+def present_updates(updates: Sequence[ClientUpdate], version: str | PendingVersion, skip: bool) -> list[ClientUpdate]:
     """The updates that were trained on the present base.
 
     Args:
         updates: Of one round.
-        version: The present base version.
+        version: The present base version, formed or pending.
         skip: Whether to leave the others out, with a warning.
 
     Raises:

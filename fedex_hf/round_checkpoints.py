@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from transformers.utils import logging
 from fedex_hf import checkpoint as ckpt
 from fedex_hf.aggregators import Aggregator
 from fedex_hf.base_model import AdaptedModel
+from fedex_hf.base_versions import PendingVersion
 from fedex_hf.client import ClientRunner
 from fedex_hf.client_adapters import NOT_PUBLISHED, read_client_adapters, write_client_adapters
 from fedex_hf.evaluation import Exactness
 from fedex_hf.hub_rounds import find_round, read_exactness, write_origin
+from fedex_hf.ledger import Ledger
 from fedex_hf.ledger_difference import LedgerDifference, LedgerHistory
 from fedex_hf.trainer_utils import without_token
 from fedex_hf.training_args import FederatedTrainingArguments
+from fedex_hf.updates import LowRankDelta
 
 
 logger = logging.get_logger(__name__)
@@ -40,6 +44,7 @@ class CheckpointedTrainer(Trainer):
     federation: ckpt.RoundState
     exactness: Exactness | None
     _cached_fingerprint: dict[str, Any] | None = None
+    _pending_version: PendingVersion | None = None
     _holds_client: bool = False
 
     # ---- In memory ----
@@ -56,19 +61,40 @@ class CheckpointedTrainer(Trainer):
         """Name of the present base: a hash of the original base weights and of the ledger."""
         return self.ledger_history.version_of(self.federation.ledger)
 
+    @property
+    def pending_version(self) -> PendingVersion:
+        """`base_version`, hashed only if someone asks for it; one object per ledger."""
+        if self._pending_version is None or self._pending_version.ledger is not self.federation.ledger:
+            self._pending_version = PendingVersion(self.federation.ledger, self._version_of)
+        return self._pending_version
+
+    def _version_of(self, ledger: Ledger) -> str:
+        return self.ledger_history.version_of(ledger)
+
+    def note_round(self, residuals: Mapping[str, LowRankDelta], ledger: Ledger) -> None:
+        """Note a round's residuals for clients elsewhere; not before anyone has asked for a base version.
+
+        Args:
+            residuals: Layer name -> the round's residual.
+            ledger: The ledger after it.
+        """
+        if "ledger_history" in vars(self):
+            self.ledger_history.append(self.federation.ledger, residuals, ledger)
+
     def ledger_difference(self, since: str | None = None) -> LedgerDifference:
         """What a client is sent that has missed rounds; see `LedgerDifference.apply`.
 
         Args:
             since: The base version that the client holds; `None` for a client that has the original base only. It
                 gets the residuals of the rounds since then, or the whole ledger where these are no longer at hand:
-                after a resume, for an unknown version, or when they would be more bytes than the ledger.
+                after a resume, for a version that this trainer was not asked for, or when they would be more bytes
+                than the ledger.
         """
         return self.ledger_history.difference(since, self.federation.ledger)
 
     @cached_property
     def ledger_history(self) -> LedgerHistory:
-        """The residuals of the last rounds."""
+        """The residuals of the last rounds, noted from the first look on: a run that nobody asks hashes nothing."""
         base = self.fingerprint()[ckpt.BASE]
         return LedgerHistory(base, self.args.residual_rank, self.args.residual_tolerance)
 

@@ -241,7 +241,7 @@ class FederatedTrainer(PublishingTrainer):
             planned += self.clients.num_steps(client_id)
             try:
                 update = fit()
-                refuse_stale(update, self.base_version)
+                refuse_stale(update, self.pending_version)
             except Exception as error:
                 if self.args.client_errors == "raise":
                     raise
@@ -290,7 +290,7 @@ class FederatedTrainer(PublishingTrainer):
             NonFiniteUpdateError: If the result holds NaN or Inf.
         """
         self.restore_global_state()
-        base_version, rank = self.base_version, self.args.parsed_client_ranks.get(client_id)
+        base_version, rank = self.pending_version, self.args.parsed_client_ranks.get(client_id)
         self._holds_client = True
         if rank is None:
             offsets = install_client(self.adapted, self.federation, client_id)
@@ -340,7 +340,7 @@ class FederatedTrainer(PublishingTrainer):
         Raises:
             StaleUpdateError: If one was trained on another base, and `args.client_errors="raise"`.
         """
-        return present_updates(updates, self.base_version, skip=self.args.client_errors == "skip")
+        return present_updates(updates, self.pending_version, skip=self.args.client_errors == "skip")
 
     def aggregate(self, round: int, updates: Sequence[ClientUpdate]) -> GlobalUpdate:
         """The round's global update, without stale updates; changes nothing in the model."""
@@ -357,7 +357,7 @@ class FederatedTrainer(PublishingTrainer):
             update.residuals, self.adapted.sites, self.args.residual_rank, self.args.residual_tolerance
         )
         self.adapted.install(ledger)
-        self.ledger_history.append(self.federation.ledger, update.residuals, ledger)
+        self.note_round(update.residuals, ledger)
         self.federation.state, self.federation.ledger = state, ledger
         self.federation.client_adapters = {**self.federation.client_adapters, **update.client_adapters}
         self.federation.optimizer_states = self.federation.optimizer_states | self._new_optimizer_states

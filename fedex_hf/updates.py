@@ -8,7 +8,8 @@ How that product lies in a layer's own weight (a `Conv1D` keeps the transpose) i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -78,6 +79,24 @@ class LowRankDelta:
         return self.scaling * (self.B.to(dtype) @ self.A.to(dtype))
 
 
+class FormedOnDemand:
+    """A text field of a dataclass that also takes what has a text form, and asks for it when the field is read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> str | None:
+        if instance is None:
+            return None  # the field's default
+        value = vars(instance)[self._name]
+        if value is not None and not isinstance(value, str):
+            value = vars(instance)[self._name] = str(value)
+        return value
+
+    def __set__(self, instance: Any, value: object) -> None:
+        vars(instance)[self._name] = value
+
+
 @dataclass(frozen=True)
 class ClientUpdate:
     """What a client sends after its local fit.
@@ -93,7 +112,7 @@ class ClientUpdate:
             client that started from the global factors. For one of a smaller rank than the global one: the rows and
             columns that it does not train. Server and client both know it, so it does not travel.
         base_version: The base and ledger that the client trained on, as `FederatedTrainer.base_version` names them;
-            `None` if nobody has said.
+            `None` if nobody has said. Given as an object with a text form, it is formed when it is read.
     """
 
     client_id: str
@@ -103,7 +122,19 @@ class ClientUpdate:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     offsets: Mapping[str, LowRankDelta] = field(default_factory=dict)
-    base_version: str | None = None
+    base_version: FormedOnDemand = FormedOnDemand()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def was_trained_on(self, version: object) -> bool:
+        """Whether the update was trained on this base, or nobody has said; no text is formed for the same object.
+
+        Args:
+            version: A base version, or an object whose text form it is.
+        """
+        own = vars(self)["base_version"]
+        return own is None or own is version or str(own) == str(version)
 
     def check_finite(self) -> None:
         """Refuse an update that would poison the average.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import pickle
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,7 +30,9 @@ from fedex_hf import (
     LedgerMismatchError,
     LowRankDelta,
     StaleUpdateError,
+    ledger_difference,
 )
+from fedex_hf import checkpoint as ckpt
 from fedex_hf.base_versions import base_digest, version_of
 from fedex_hf.checkpoint import checkpoints_in
 from fedex_hf.ledger_difference import LedgerHistory
@@ -271,6 +274,66 @@ def test_a_difference_that_starts_elsewhere(run):
     with pytest.raises(LedgerMismatchError, match="here it ends at"):
         missing.apply(client)
     assert client.ledger is run.notes.rounds[ROUNDS - MISSED - 1].ledger
+
+
+# ---- Formed on demand ----
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """Base weights and ledgers that were hashed, in their order."""
+    calls: list[str] = []
+
+    def counted(name: str, real: Any) -> Any:
+        return lambda *args: calls.append(name) or real(*args)
+
+    monkeypatch.setattr(ckpt, "base_digest", counted("base_digest", base_digest))
+    monkeypatch.setattr(ledger_difference, "version_of", counted("version_of", version_of))
+    return calls
+
+
+@pytest.mark.parametrize("ranks", [{}, {"client-0": 2}], ids=["one rank", "ranks"])
+def test_a_run_in_one_process_hashes_nothing(tmp_path, hashed, ranks):
+    trainer = tiny.federation(tmp_path, sizes=(4, 8, 4), num_rounds=3, client_ranks=ranks)
+    trainer.train()
+    assert hashed == []
+    assert trainer.federation.ledger.layers()
+    # The twin: whoever asks gets the version that hashing gives, once for every ledger.
+    assert trainer.base_version == version_of(base_digest(trainer.adapted), trainer.federation.ledger)
+    assert trainer.base_version in {trainer.base_version}
+    assert hashed == ["base_digest", "version_of"]
+
+
+def test_an_update_forms_its_version_when_it_is_read(tmp_path, hashed):
+    trainer = tiny.federation(tmp_path, sizes=(4, 8, 4), num_rounds=3)
+    trainer.run_round(1)
+    update = trainer.fit_client("client-0", 2)
+    trainer.restore_global_state()
+    ledger = trainer.federation.ledger
+    trainer.run_round(2)
+    assert hashed == []
+    sent = pickle.loads(pickle.dumps(update))
+    expected = version_of(base_digest(trainer.adapted), ledger)
+    assert sent.base_version == update.base_version == replace(update, round=3).base_version == expected
+    assert expected in f"{update}"
+    assert trainer.base_version != expected
+    with pytest.raises(StaleUpdateError, match=rf"base version {expected}, and the present one"):
+        trainer.aggregate(3, [sent])
+    with pytest.raises(StaleUpdateError, match=rf"base version {expected}, and the present one"):
+        trainer.aggregate(3, [update])
+    assert trainer.aggregate(3, [replace(sent, base_version=trainer.base_version)]).adapters
+    assert ClientUpdate("ann", 1, 1, {}).base_version is None
+
+
+def test_rounds_are_noted_from_the_first_question_on(tmp_path):
+    trainer = tiny.federation(tmp_path, sizes=(4, 8, 4), num_rounds=3)
+    before = version_of(base_digest(trainer.adapted), Ledger())
+    trainer.run_round(1)
+    asked = trainer.base_version
+    trainer.run_round(2)
+    assert trainer.ledger_difference(before).ledger is trainer.federation.ledger
+    assert trainer.ledger_difference(asked).ledger is None
+    assert len(trainer.ledger_difference(asked).rounds) == 1
 
 
 # ---- As functions of tensors ----

@@ -94,7 +94,9 @@ def at_global_rank(
                 rests.append(LowRankDelta(rest_A.float(), rest_B.float(), like.scaling))
         if rests:
             surplus[layer] = concatenate(rests)
-    return [replace(each, adapters=own) for each, own in zip(updates, adapters, strict=True)], surplus
+    return [
+        replace(each, adapters=own, base_version=None) for each, own in zip(updates, adapters, strict=True)
+    ], surplus
 
 
 def _stacked(update: ClientUpdate, layer: str, like: LowRankDelta) -> LowRankDelta:
