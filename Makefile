@@ -58,6 +58,8 @@ benchmarks: install  ## Measure time, memory, exactness and traffic, side by sid
 	$(BIN)/python benchmarks/aggregation.py $(ARGS)
 	$(BIN)/python benchmarks/traffic.py $(ARGS)
 	$(BIN)/python benchmarks/parallel_clients.py $(ARGS)
+	$(BIN)/python benchmarks/swap.py $(ARGS)
+	$(BIN)/python benchmarks/scale.py $(ARGS)
 
 clean:  ## Remove the virtual environments.
 	rm -rf .venv .venv-oldest

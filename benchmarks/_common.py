@@ -52,7 +52,10 @@ class Size:
 
 SIZES = {
     "tiny": Size(hidden=32, layers=2, heads=4, intermediate=64, vocab=512, batch=4, tokens=16),
+    "small": Size(hidden=128, layers=2, heads=4, intermediate=256, vocab=512, batch=4, tokens=16),
     "20M": Size(hidden=384, layers=10, heads=12, intermediate=1536, vocab=8192, batch=8, tokens=32),
+    "22M": Size(hidden=384, layers=6, heads=12, intermediate=1536, vocab=30522, batch=8, tokens=32),  # as MiniLM
+    "135M-short": Size(hidden=768, layers=12, heads=12, intermediate=3072, vocab=64000, batch=1, tokens=32),
     "135M": Size(hidden=768, layers=12, heads=12, intermediate=3072, vocab=64000, batch=8, tokens=64),
 }
 

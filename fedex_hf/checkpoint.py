@@ -6,7 +6,7 @@
             state.json            round, fingerprint of the run, the files with their sizes, digest of the tensors
             state.safetensors     adapter factors and every other trained tensor
             ledger.safetensors    the sum of all residuals, float32
-            clients/0.pt          optimizer state of client 0, if kept
+            clients/0.pt          optimizer state of client 0, if kept; with `client_state_dir` a hard link
             clients/adapters.private   factors of clients that keep their own: see `client_adapters.py`
 
 The adapter lies one level down, so that nothing takes a checkpoint for a plain adapter on the original base: without
@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fedex_hf.base_model import AdaptedModel
 from fedex_hf.base_versions import base_digest
+from fedex_hf.client_states import ClientStateError, StateFolder, fsync, read_states, write_states
 from fedex_hf.ledger import Ledger
 from fedex_hf.updates import GlobalUpdate, LowRankDelta
 
@@ -64,15 +65,20 @@ class RoundState:
     round: int
     state: GlobalUpdate
     ledger: Ledger = field(default_factory=Ledger)
-    optimizer_states: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    optimizer_states: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     client_adapters: Mapping[str, Mapping[str, LowRankDelta]] = field(default_factory=dict)
 
 
-def save_round(directory: Path, round_state: RoundState, fingerprint: Mapping[str, Any], clients: list[str]) -> None:
+def save_round(
+    directory: Path, round_state: RoundState, fingerprint: Mapping[str, Any], clients: list[str]
+) -> set[Path]:
     """Write a round into `directory/federation`; `atomic_directory` makes the whole durable.
 
     Adapters that clients keep are not written here, because a published round must not hold them. Last of all that
     goes into `directory`: the sizes of all files in it are noted.
+
+    Returns:
+        The files among them that have reached the disk already.
     """
     folder = directory / FOLDER
     (folder / "clients").mkdir(parents=True, exist_ok=True)
@@ -80,8 +86,8 @@ def save_round(directory: Path, round_state: RoundState, fingerprint: Mapping[st
     save_file(_contiguous(flatten(round_state.state.adapters) | tensors), folder / _STATE)
     matrices = {f"matrices/{name}": matrix for name, matrix in round_state.ledger.matrices.items()}
     save_file(_contiguous(flatten(round_state.ledger.factors) | matrices), folder / _LEDGER)
-    for client_id, optimizer_state in round_state.optimizer_states.items():
-        torch.save(optimizer_state, folder / "clients" / f"{clients.index(client_id)}.pt")
+    places = {client_id: place for place, client_id in enumerate(clients)}
+    durable = write_states(folder / "clients", round_state.optimizer_states, places)
     files = {
         path.relative_to(directory).as_posix(): path.stat().st_size for path in directory.rglob("*") if path.is_file()
     }
@@ -93,6 +99,7 @@ def save_round(directory: Path, round_state: RoundState, fingerprint: Mapping[st
         "digest": _digest(folder, round_state.round),
     }
     (folder / _META).write_text(json.dumps(meta, indent=2, sort_keys=True))
+    return durable
 
 
 def load_round(
@@ -100,6 +107,7 @@ def load_round(
     fingerprint: Mapping[str, Any],
     adapted: AdaptedModel,
     clients: list[str] | None = None,
+    state_folder: StateFolder | None = None,
 ) -> RoundState:
     """Read a round back.
 
@@ -108,6 +116,7 @@ def load_round(
         fingerprint: Of the run that wants to continue; must equal the stored one.
         adapted: The model, for the layers' scalings.
         clients: The federation's clients in their order; `None` leaves their optimizer states unread.
+        state_folder: Where these are linked or copied to; `None` reads them into memory.
 
     Raises:
         CheckpointMismatchError: If the folder is no round checkpoint, is incomplete or damaged, or is of another run.
@@ -132,12 +141,17 @@ def load_round(
         round=meta["round"],
         state=GlobalUpdate(adapters=unflatten(state, scalings), tensors=_with_prefix(state, "tensors/")),
         ledger=Ledger(unflatten(ledger, scalings), _with_prefix(ledger, "matrices/")),
-        optimizer_states={
-            clients[int(path.stem)]: torch.load(path, weights_only=True)
-            for path in sorted((folder / "clients").glob("*.pt"))
-            if clients is not None
-        },
+        optimizer_states=_states_in(folder / "clients", clients, state_folder),
     )
+
+
+def _states_in(folder: Path, clients: list[str] | None, into: StateFolder | None) -> Mapping[str, Mapping[str, Any]]:
+    if clients is None:
+        return {}
+    try:
+        return read_states(folder, clients, into)
+    except ClientStateError as error:
+        raise CheckpointMismatchError(str(error)) from error
 
 
 def fingerprint_of(adapted: AdaptedModel, **settings: Any) -> dict[str, Any]:
@@ -168,8 +182,12 @@ def checkpoints_in(output_dir: str | os.PathLike) -> list[Path]:
 
 
 @contextmanager
-def atomic_directory(final: Path) -> Iterator[Path]:
+def atomic_directory(final: Path, durable: Set[Path] = frozenset()) -> Iterator[Path]:
     """Yield a folder to write into; on success it is on the disk under its final name, otherwise it does not exist.
+
+    Args:
+        final: Its name.
+        durable: Files inside that have reached the disk before; the block may add to it.
 
     A process that dies in between leaves a hidden folder, which nothing takes for a checkpoint and
     `remove_unfinished` deletes.
@@ -183,10 +201,11 @@ def atomic_directory(final: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     for path in [*unfinished.rglob("*"), unfinished]:
-        _fsync(path)
+        if path not in durable:
+            fsync(path)
     discard(final)
     unfinished.rename(final)
-    _fsync(final.parent)
+    fsync(final.parent)
 
 
 def discard(directory: Path) -> None:
@@ -348,13 +367,3 @@ def difference_between(theirs: Mapping[str, Any], ours: Mapping[str, Any], there
         else:
             parts.append(told(key, their, our))
     return "; ".join(parts)
-
-
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders; there a rename is durable by itself
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

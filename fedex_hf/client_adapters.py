@@ -112,8 +112,9 @@ def write_client_adapters(
         return
     file = directory / ckpt.FOLDER / ckpt.CLIENT_ADAPTERS
     file.parent.mkdir(parents=True, exist_ok=True)
+    places = {client_id: place for place, client_id in enumerate(clients)}
     tensors = {
-        f"{clients.index(client_id)}/{key}": tensor.contiguous()
+        f"{places[client_id]}/{key}": tensor.contiguous()
         for client_id, adapters in client_adapters.items()
         for key, tensor in ckpt.flatten(adapters).items()
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
@@ -16,13 +16,13 @@ from transformers.utils import logging
 from fedex_hf import checkpoint as ckpt
 from fedex_hf.hub import HubConflictError, RoundPublisher, RoundQueue, may_pass, tag_of
 from fedex_hf.hub_rounds import write_origin
-from fedex_hf.model_card import write_card
-from fedex_hf.model_facts import model_facts
 from fedex_hf.round_trainer import RoundTrainer
-from fedex_hf.run_card import RunCard, non_default_arguments, versions, was_cut
 from fedex_hf.saving import BaseReference, SavedModel, check_format, save_model
 from fedex_hf.trainer_utils import without_token
 
+
+if TYPE_CHECKING:
+    from fedex_hf.run_card import RunCard
 
 logger = logging.get_logger(__name__)
 
@@ -75,12 +75,17 @@ class PublishingTrainer(RoundTrainer):
         self._write_card(directory, SavedModel("full", "float32", None))
 
     def _write_card(self, directory: Path, saved: SavedModel, tag: str | None = None) -> None:
+        from fedex_hf.model_card import write_card  # on use: runs that write no card are quicker to start
+
         try:
             write_card(self._card(saved, tag), directory)
         except Exception as error:  # a page about the model is no reason to lose the model
             logger.warning(f"The model card could not be written: {type(error).__name__}: {error}")
 
     def _card(self, saved: SavedModel, tag: str | None) -> RunCard:
+        from fedex_hf.model_facts import model_facts
+        from fedex_hf.run_card import RunCard, non_default_arguments, versions, was_cut
+
         clients = [self.clients.num_examples(client_id) for client_id in self.clients.datasets]
         rounds: dict[Any, int] = {
             int(entry["step"]): int(entry["round"]) for entry in self.state.log_history if "aggregation_error" in entry

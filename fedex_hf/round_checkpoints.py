@@ -20,6 +20,7 @@ from fedex_hf.base_model import AdaptedModel
 from fedex_hf.base_versions import PendingVersion
 from fedex_hf.client import ClientRunner
 from fedex_hf.client_adapters import NOT_PUBLISHED, read_client_adapters, write_client_adapters
+from fedex_hf.client_states import StateFile, StateFolder, StatesOnDisk
 from fedex_hf.evaluation import Exactness
 from fedex_hf.hub_rounds import find_round, read_exactness, write_origin
 from fedex_hf.ledger import Ledger
@@ -100,6 +101,18 @@ class CheckpointedTrainer(Trainer):
 
     # ---- On the disk ----
 
+    @cached_property
+    def state_folder(self) -> StateFolder | None:
+        """Where the clients' optimizer states lie; `None` if they are kept in memory."""
+        return None if self.args.client_state_dir is None else StateFolder(self.args.client_state_dir)
+
+    def keep_states(self, new: Mapping[str, Mapping[str, Any] | StateFile]) -> None:
+        """Let the states of a round take the place of the clients' earlier ones."""
+        earlier = self.federation.optimizer_states
+        if self.state_folder is not None and not isinstance(earlier, StatesOnDisk):
+            earlier = StatesOnDisk(self.state_folder) | earlier
+        self.federation.optimizer_states = earlier | new  # type: ignore[operator]  # of dictionaries, or `StatesOnDisk`
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(str(self.args.output_dir))
         final = self._checkpoint_path()
@@ -107,7 +120,8 @@ class CheckpointedTrainer(Trainer):
         self._find_best_checkpoint(final)
         if not self.args.should_save:
             return
-        with ckpt.atomic_directory(final) as folder:
+        durable: set[Path] = set()
+        with ckpt.atomic_directory(final, durable) as folder:
             torch.save(without_token(self.args), folder / TRAINING_ARGS_NAME)
             self._save_rng_state(str(folder))
             self._collect_callback_states()
@@ -115,7 +129,7 @@ class CheckpointedTrainer(Trainer):
             write_origin(folder / ckpt.FOLDER, self.adapted, self.exactness)
             clients = list(self.clients.datasets)
             write_client_adapters(folder, self.federation.client_adapters, clients)
-            ckpt.save_round(folder, self.federation, self.fingerprint(), clients)
+            durable |= ckpt.save_round(folder, self.federation, self.fingerprint(), clients)
         ckpt.rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
 
     def _checkpoint_path(self) -> Path:
@@ -167,7 +181,7 @@ class CheckpointedTrainer(Trainer):
         # Optimizer states are pickles: read only where they are needed, and never from the Hub (`find_round`).
         clients = list(self.clients.datasets)
         with_optimizers = clients if self.args.client_optimizer_state == "keep" else None
-        federation = ckpt.load_round(directory, self.fingerprint(), self.adapted, with_optimizers)
+        federation = ckpt.load_round(directory, self.fingerprint(), self.adapted, with_optimizers, self.state_folder)
         if self.aggregator.keeps_client_adapters:
             federation.client_adapters = read_client_adapters(directory, self.adapted, clients)
         return federation

@@ -21,6 +21,7 @@ from fedex_hf.base_versions import present_updates, refuse_stale
 from fedex_hf.callbacks import ClientBridge
 from fedex_hf.client import ClientRunner, FitPlan
 from fedex_hf.client_adapters import install_at_rank, install_client
+from fedex_hf.client_states import StateFile
 from fedex_hf.evaluation import Exactness, measure_exactness
 from fedex_hf.hub_rounds import load_round_model
 from fedex_hf.ledger import Ledger
@@ -145,11 +146,12 @@ class FederatedTrainer(PublishingTrainer):
         self.data_collator = self.clients.trainer.data_collator
         self.processing_class = self.clients.trainer.processing_class
         self.federation = ckpt.RoundState(round=0, state=self.adapted.read(), ledger=self.adapted.ledger)
+        self.keep_states({})  # a folder that cannot be written to is refused now
         self.exactness = None
         if continued is not None:
             self._load_from_checkpoint(continued)
         self._continued = continued
-        self._new_optimizer_states: dict[str, Mapping[str, Any]] = {}
+        self._new_optimizer_states: dict[str, Mapping[str, Any] | StateFile] = {}
         self._parallel = None
         if args.parallel_clients > 1:
             from fedex_hf.experimental import ParallelClients  # only where it is asked for
@@ -322,7 +324,10 @@ class FederatedTrainer(PublishingTrainer):
         )
         update.check_finite()
         if self.args.client_optimizer_state == "keep":
-            self._new_optimizer_states[client_id] = self.clients.optimizer_state()
+            state = self.clients.optimizer_state()
+            self._new_optimizer_states[client_id] = (
+                state if self.state_folder is None else self.state_folder.write(state)
+            )
         return update
 
     def rank_key(self, client_id: str, round: int) -> str:
@@ -360,7 +365,7 @@ class FederatedTrainer(PublishingTrainer):
         self.note_round(update.residuals, ledger)
         self.federation.state, self.federation.ledger = state, ledger
         self.federation.client_adapters = {**self.federation.client_adapters, **update.client_adapters}
-        self.federation.optimizer_states = self.federation.optimizer_states | self._new_optimizer_states
+        self.keep_states(self._new_optimizer_states)
         self._new_optimizer_states = {}
 
     def round_metrics(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -97,6 +98,11 @@ class FederatedTrainingArguments(TrainingArguments):
         client_optimizer_state (`"reset"` or `"keep"`, *optional*, defaults to `"reset"`):
             Start each local fit with a fresh optimizer, as the paper's code does, or with the state that this client's
             optimizer had at the end of its last round.
+        client_state_dir (`str`, *optional*):
+            Folder for the kept optimizer states, which then take no memory: each client's lies in a file that is read
+            when the client is fitted. A trainer uses a folder of its own in it and deletes that in the end;
+            checkpoints hold hard links, or copies if `output_dir` is on another file system. `None` keeps the states
+            in memory.
         lr_schedule (`"round"` or `"run"`, *optional*, defaults to `"round"`):
             Run the whole learning-rate schedule in every round, as the paper's code does, or once over the run.
         parallel_clients (`int`, *optional*, defaults to 1):
@@ -183,6 +189,9 @@ class FederatedTrainingArguments(TrainingArguments):
             "choices": _CHOICES["client_optimizer_state"],
         },
     )
+    client_state_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the kept optimizer states; in memory if not given."}
+    )
     lr_schedule: str = field(
         default="round",
         metadata={
@@ -219,6 +228,7 @@ class FederatedTrainingArguments(TrainingArguments):
                 "after the round. Use a schedule that is a function of the step."
             )
         _check_unsupported(self)
+        _check_state_dir(self)
         _check_ranks(self.parsed_client_ranks)
         get_aggregator(self.aggregator, **self.parsed_aggregator_kwargs)
 
@@ -298,6 +308,19 @@ def _check_numbers(args: FederatedTrainingArguments) -> None:
         raise ValueError(
             f"`num_train_epochs={args.num_train_epochs}` with `max_steps={args.max_steps}` trains nothing. Set one of "
             "them to a positive number (per client and round)."
+        )
+
+
+def _check_state_dir(args: FederatedTrainingArguments) -> None:
+    if args.client_state_dir is None:
+        return
+    where = f"`client_state_dir={args.client_state_dir!r}`"
+    if not args.client_state_dir or Path(args.client_state_dir).is_file():
+        raise ValueError(f"{where} is no folder. Allowed: a folder, which is created if it is not there.")
+    if args.client_optimizer_state != "keep":
+        raise ValueError(
+            f"{where} with `client_optimizer_state={args.client_optimizer_state!r}`: clients keep no states that "
+            'could lie there. Set `client_optimizer_state="keep"`, or leave the folder out.'
         )
 
 

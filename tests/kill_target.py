@@ -26,7 +26,7 @@ from fedex_hf import FederatedTrainer
 
 # What a clock has measured, and the number of floating-point operations.
 _RUN_TIME_KEYS = ("_runtime", "_per_second", "round_seconds", "total_flos")
-_FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+_FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "shutil.rmtree")
 
 
 def log_history_of(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

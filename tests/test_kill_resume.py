@@ -40,6 +40,7 @@ VARIANTS = {
     "plain": {"arguments": COMMON, "best_round": None, "patience": 0},
     "best": {"arguments": COMMON | BEST | {"save_total_limit": 1}, "best_round": 2, "patience": 1},
     "sampled": {"arguments": COMMON | SAMPLED, "best_round": None, "patience": 0},
+    "best, states on disk": {"arguments": COMMON | BEST | {"save_total_limit": 1}, "best_round": 2, "patience": 1},
 }
 
 
@@ -87,6 +88,8 @@ class Runs:
         self.output_dir = output_dir
         self.result = output_dir.with_name(f"{output_dir.name}.pt")
         self.job = VARIANTS[variant] | {"output_dir": str(output_dir), "result": str(self.result)}
+        if "on disk" in variant:
+            self.job["arguments"] = self.job["arguments"] | {"client_state_dir": str(output_dir / "states")}
 
     def start(self, kill_before_operation: int | None = None) -> Process:
         self.result.unlink(missing_ok=True)
@@ -121,6 +124,7 @@ class Runs:
     def assert_same_as(self, expected: dict[str, Any], where: str = "") -> None:
         """The finished run is the expected one; a death before the deletion of a surplus checkpoint may leave that."""
         assert not self.unfinished()
+        assert len(list(self.output_dir.glob("states/*"))) <= 1  # the last process's own: it has ended without a word
         found = self.bytes()
         assert found["checkpoints"].keys() >= expected["checkpoints"].keys(), where
         found["checkpoints"] = {name: found["checkpoints"][name] for name in expected["checkpoints"]}
@@ -227,6 +231,7 @@ def test_killed_at_four_telling_moments(server, uninterrupted, tmp_path):
         pytest.param("plain", 1, 8, marks=pytest.mark.slow),
         pytest.param("best", 2, 8, marks=pytest.mark.slow),
         pytest.param("sampled", 3, 8, marks=pytest.mark.slow),
+        pytest.param("best, states on disk", 4, 8, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.xdist_group("killed at random moments")
@@ -244,9 +249,10 @@ def test_killed_at_random_moments(server, uninterrupted, tmp_path, variant, seed
 
 
 @pytest.mark.parametrize("sampled", [5, pytest.param(None, marks=pytest.mark.slow)])
-def test_killed_before_each_file_operation(server, uninterrupted, tmp_path, sampled):
+@pytest.mark.parametrize("variant", ["best", "best, states on disk"])
+def test_killed_before_each_file_operation(server, uninterrupted, tmp_path, variant, sampled):
     """From the second checkpoint to the end of the run: every state of the disk that a death can leave behind."""
-    runs = Runs(server, tmp_path / "out", "best")
+    runs = Runs(server, tmp_path / "out", variant)
     assert runs.killed(lambda process: process.wait_for_step(STEPS_PER_ROUND + 2))
     shutil.copytree(runs.output_dir, tmp_path / "after-round-1")
     moments = list(range(1, runs.finish().operations + 1))
