@@ -59,6 +59,7 @@ benchmarks: install  ## Measure time, memory, exactness and traffic, side by sid
 	$(BIN)/python benchmarks/traffic.py $(ARGS)
 	$(BIN)/python benchmarks/parallel_clients.py $(ARGS)
 	$(BIN)/python benchmarks/swap.py $(ARGS)
+	$(BIN)/python benchmarks/growth.py $(ARGS)
 	$(BIN)/python benchmarks/scale.py $(ARGS)
 
 clean:  ## Remove the virtual environments.

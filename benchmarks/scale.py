@@ -252,8 +252,8 @@ def report(rows: Sequence[Row], args: BenchmarkArguments, plot: str | None) -> s
 LEFT = """\
 What still grows with all clients: saving hard-links each kept state, lists it with its size, and writes every client's
 number of examples into `state.json`; sampling draws a permutation of the clients; the start of a run counts the steps
-of every client that any round will sample. With states in memory every fit also pays for Python's garbage collector,
-with a full collection of which `Trainer.train()` begins: it looks at every tensor that was kept since the run began."""
+of every client that any round will sample. With states in memory every fit also pays for Python's garbage collector:
+`Trainer.train()` begins with a full collection, which looks at every tensor that was kept since the run began."""
 
 
 def draw(rows: Sequence[Row], args: BenchmarkArguments, path: Path) -> None:

@@ -174,11 +174,12 @@ class AdaptedModel:
         if self.storage == "adapter":
             return original
         added, own = ledger.dense(name, site), None if offset is None else site.dense(offset)
-        if added is None and own is None:
+        total = own if added is None else added
+        if total is None:
             return original
-        total = original.double()
-        for each in (added, own):
-            total = total if each is None else total + each
+        total.add_(original)  # float64, and nobody else's
+        if added is not None and own is not None:
+            total.add_(own)
         return total.to(original.dtype)
 
     def installed(self, name: str) -> torch.Tensor:

@@ -107,13 +107,11 @@ def measure_exactness(
             if name in update.offsets:  # as this client's layer held it, rounded
                 ideal += share * (adapted.installed_at(name, ledger_before, update.offsets[name]) - common)
                 noise = max(noise, resolution)
-        change = _norm(ideal - start)
-        layers[name] = LayerExactness(
-            change=change if change > noise else 0.0,
-            error=_norm(site.matrix(site.dense(site.read())) + (installed - common) - ideal),
-            fedit=_norm(site.matrix(site.dense(mean_factors(factors, weights))) - ideal),
-            resolution=resolution,
-        )
+        # In place, since what these cost is the memory that they pass through.
+        error = _norm((installed - common).add_(site.matrix(site.dense(site.read()))).sub_(ideal))
+        fedit = _norm(site.matrix(site.dense(mean_factors(factors, weights))).sub_(ideal))
+        change = _norm(ideal.sub_(start))
+        layers[name] = LayerExactness(change if change > noise else 0.0, error, fedit, resolution)
     return Exactness(layers)
 
 

@@ -133,7 +133,8 @@ class LoraSite:
         self.layout.replace(self.layer, self.adapter, *(nn.Parameter(each, requires_grad=False) for each in shaped))
         try:
             with self.layout.in_float64(self.layer):
-                return self.layer.get_delta_weight(self.adapter) * self.layout.times
+                dense = self.layer.get_delta_weight(self.adapter)
+            return dense if self.layout.times == 1 else dense * self.layout.times
         finally:
             self.layout.replace(self.layer, self.adapter, *held)
 

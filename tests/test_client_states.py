@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from conftest import collect_garbage
 from kill_target import assert_same, outcome
 
 from fedex_hf import CheckpointMismatchError, FederatedCallback, FederatedTrainer
@@ -166,6 +167,7 @@ class Watch(FederatedCallback):
     def on_round_end(self, args, state, control, trainer, **kwargs):
         if trainer.state_folder is not None:
             self.files.append(set(files_in(trainer.state_folder.path)))
+        collect_garbage()
         self.tensors.append(sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()))
         self.kept.append(len(trainer.federation.optimizer_states))
 
@@ -214,6 +216,35 @@ def test_memory_does_not_grow_with_the_clients(tmp_path):
     assert max(disk.tensors[1:]) <= disk.tensors[0] + per_client
     for kept, tensors in zip(memory.kept[1:], memory.tensors[1:], strict=True):
         assert tensors >= memory.tensors[0] + (kept - memory.kept[0]) * per_client
+
+
+def test_nothing_is_left_of_a_fit(tmp_path):
+    """Objects that the garbage collector knows: the same after every round, but for what is logged and kept."""
+
+    class Count(FederatedCallback):
+        def __init__(self, leak: list[Any] | None = None) -> None:
+            self.objects: list[int] = []
+            self.leak = leak
+
+        def on_client_end(self, args, state, control, update, **kwargs):
+            if self.leak is not None:
+                self.leak.append(update)
+
+        def on_round_end(self, args, state, control, **kwargs):
+            state.log_history.clear()
+            collect_garbage()
+            self.objects.append(len(gc.get_objects()))
+
+    settings = {"num_rounds": 8, "sizes": (4,) * 4, "client_fraction": 1.0, "save_strategy": "no", "aggregator": "ffa"}
+    counts = []
+    for leak in (None, []):
+        count, trainer = Count(leak), federation(tmp_path, True, **settings)
+        trainer.add_callback(count)
+        trainer.train()
+        counts.append(count.objects)
+    fine, leaking = counts
+    assert fine[-1] <= fine[3] + 4  # fewer than one for every fit
+    assert leaking[-1] > leaking[3] + 100  # the twin
 
 
 def test_a_round_looks_at_its_own_clients_only(tmp_path):
