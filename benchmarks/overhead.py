@@ -76,7 +76,7 @@ CASES = {
     "tiny-5x20-4-rounds": Case("tiny", clients=5, rounds=4, steps=20, target=_PER_FIT),
     "20M-8x20": Case("20M", clients=8, rounds=1, steps=20, target=_SHARE),
     "20M-2x20-4-rounds": Case("20M", clients=2, rounds=4, steps=20, target=_SHARE),
-    "135M-4x20": Case("135M", clients=4, rounds=1, steps=20, target=_SHARE),
+    "135M-4x20": Case("135M-short", clients=4, rounds=1, steps=20, target=_SHARE),
 }
 
 
