@@ -582,6 +582,32 @@ def test_a_fit_that_fails_leaves_the_kept_state_of_the_last_good_round(tmp_path)
     assert {int(each["step"]) for each in moments.after[3, "client-1"].values()} == {6}
 
 
+# ---- Steps of a fit ----
+
+
+class OwnLoader(Trainer):
+    """Reads data of an even length twice."""
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        return loader if len(self.train_dataset) % 2 else [*loader, *loader]
+
+
+@pytest.mark.parametrize(("client_trainer_cls", "loaders"), [(Trainer, 3), (OwnLoader, 9)])
+def test_steps_are_counted_once_per_length(tmp_path, monkeypatch, client_trainer_cls, loaders):
+    """A class that loads in its own way is asked for every client."""
+    sizes = [12, 7, 9] * 3
+    kwargs = {"client_trainer_cls": client_trainer_cls}
+    trainer = federated(tmp_path, tiny.clients_of(sizes), trainer_kwargs=kwargs)
+    inner, calls = trainer.clients.trainer, []
+    real = inner.get_train_dataloader
+    monkeypatch.setattr(inner, "get_train_dataloader", lambda: calls.append(inner.train_dataset) or real())
+    steps = [trainer.clients.num_steps(client_id) for client_id in trainer.clients.datasets]
+    assert steps == [6 if client_trainer_cls is OwnLoader else 3, 2, 3] * 3
+    assert [trainer.clients.num_samples(client_id) for client_id in trainer.clients.datasets][1:3] == [7, 9]
+    assert len(calls) == loaders
+
+
 # ---- Learning-rate schedule ----
 
 

@@ -162,6 +162,17 @@ def test_a_fraction_of_the_clients_is_sampled(tmp_path, fraction, clients, count
     assert {client_id for sampled in rounds for client_id in sampled} == set(order)
 
 
+@pytest.mark.parametrize(("assignment", "installs"), [("average", 1), ("keep", 7)])
+def test_swapping_clients_leaves_the_base_alone(tmp_path, monkeypatch, assignment, installs):
+    """Base weights are written once a round; by clients that keep their factors also before and after each fit."""
+    trainer = tiny.federation(tmp_path, aggregator_kwargs={"assignment": assignment})
+    trainer.run_round(1)
+    calls, install = [], trainer.adapted.install
+    monkeypatch.setattr(trainer.adapted, "install", lambda *args: calls.append(args) or install(*args))
+    trainer.run_round(2)
+    assert len(calls) == installs
+
+
 def test_sampling_is_a_function_of_the_seed_and_the_round(tmp_path):
     def sampled(seed):
         trainer, _ = built(tmp_path, [4] * 8, client_fraction=0.4, seed=seed)
