@@ -133,7 +133,8 @@ adapters halve what goes up, and what comes down grows by half with three client
 RANKS = """\
 ## Many clients
 
-A residual never gets more ranks than the layer's smaller side: from there on it is compressed, by SVD. Two factors are
+A residual never gets more ranks than the layer's smaller side: from there on one factor is the product and the other
+an identity. Two factors are
 larger than a matrix from rank `in · out / (in + out)` on, which comes before; the package sends factors all the same.
 With 50 clients of rank 32, exact FedEx-LoRA of Llama-3.2-3B sends more down than full fine-tuning in bfloat16: lower
 it with `residual_rank`, which is then not exact, or with fewer clients per round. Shapes where either happens:"""
