@@ -134,7 +134,8 @@ class ClientRunner:
         template = trainer_kwargs.pop("args", None)
         self._kwargs = trainer_kwargs
         self._client_args = client_args(args, template)
-        self._sizes: dict[str | int, tuple[int, float]] = {}  # by client, or by the length of its dataset
+        self._sizes: dict[str, tuple[int, float]] = {}
+        self._counted: dict[str | int, tuple[int, float]] = {}  # by the length of a dataset, or by client
         self._loads_plainly = all(getattr(trainer_cls, name) is getattr(Trainer, name) for name in _LOADING)
         first = next(iter(datasets))
         self.trainer = self._build(datasets[first], eval_dataset, bridge)
@@ -191,15 +192,17 @@ class ClientRunner:
             return self._build(next(iter(self._prepared.values())), None, bridge)
 
     def _size(self, client_id: str) -> tuple[int, float]:
-        dataset = self._dataset(client_id)
-        # `Trainer` asks a dataset for its length only; a class that loads otherwise is asked for every client.
-        key = len(dataset) if self._loads_plainly and has_length(dataset) else client_id
-        if key not in self._sizes:
-            self.trainer.train_dataset = dataset
-            loader = self.trainer.get_train_dataloader()
-            values = self.trainer.set_initial_training_values(self.trainer.args, loader)
-            self._sizes[key] = values[-1], values[3]  # max_steps, num_train_samples
-        return self._sizes[key]
+        if client_id not in self._sizes:
+            dataset = self._dataset(client_id)
+            # `Trainer` asks a dataset for its length only; a class that loads otherwise is asked for every client.
+            key = len(dataset) if self._loads_plainly and has_length(dataset) else client_id
+            if key not in self._counted:
+                self.trainer.train_dataset = dataset
+                loader = self.trainer.get_train_dataloader()
+                values = self.trainer.set_initial_training_values(self.trainer.args, loader)
+                self._counted[key] = values[-1], values[3]  # max_steps, num_train_samples
+            self._sizes[client_id] = self._counted[key]
+        return self._sizes[client_id]
 
     def _dataset(self, client_id: str) -> Any:
         if client_id not in self._prepared:
