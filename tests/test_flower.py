@@ -44,6 +44,12 @@ def counts(strategy: FedExStrategy) -> list[int]:
     return [entry["num_clients"] for entry in strategy.trainer.state.log_history if "num_clients" in entry]
 
 
+@pytest.fixture(scope="module")
+def without_the_second(tmp_path_factory: pytest.TempPathFactory) -> FederatedTrainer:
+    """What one process does where `client-1` takes no part in round 2, with the lab's own settings."""
+    return Lab(tmp_path_factory.mktemp("reference")).in_process(cls=WithoutTheSecond)
+
+
 def warnings_of(told: pytest.LogCaptureFixture) -> str:
     return "\n".join(record.getMessage() for record in told.records if record.levelno >= logging.WARNING)
 
@@ -314,7 +320,7 @@ BAD_REPLIES = {
 
 
 @pytest.mark.parametrize("kind", BAD_REPLIES)
-def test_a_bad_update_is_left_out_and_the_others_count(kind, tmp_path, told):
+def test_a_bad_update_is_left_out_and_the_others_count(kind, tmp_path, told, without_the_second):
     tamper, message = BAD_REPLIES[kind]
 
     def deliver(node_id: int, reply: Message) -> Message:
@@ -325,7 +331,7 @@ def test_a_bad_update_is_left_out_and_the_others_count(kind, tmp_path, told):
     lab = Lab(tmp_path)
     strategy = lab.strategy(min_clients=2)
     strategy.start(lab.grid(tamper=deliver))
-    assert same(strategy.trainer, lab.in_process(cls=WithoutTheSecond))
+    assert same(strategy.trainer, without_the_second)
     assert "Round 2: client `client-1` is left out: " in warnings_of(told)
     assert message in warnings_of(told)
     assert counts(strategy) == [3, 2, 3]
@@ -424,7 +430,7 @@ def test_a_silent_node_delays_nobody(tmp_path):
     assert same(strategy.trainer, lab.in_process())
 
 
-def test_a_reply_that_cannot_be_read_costs_only_its_sender(tmp_path, told):
+def test_a_reply_that_cannot_be_read_costs_only_its_sender(tmp_path, told, without_the_second):
     class Torn(LocalGrid):
         def pull_messages(self, message_ids):
             replies = super().pull_messages(message_ids)
@@ -436,7 +442,7 @@ def test_a_reply_that_cannot_be_read_costs_only_its_sender(tmp_path, told):
     strategy = lab.strategy(min_clients=2)
     strategy.start(Torn(lab.grid().apps, lambda node_id, reply: sent_by(node_id, reply)))
     assert "client `client-1` is left out: its reply cannot be read: TypeError" in warnings_of(told)
-    assert same(strategy.trainer, lab.in_process(cls=WithoutTheSecond))
+    assert same(strategy.trainer, without_the_second)
 
 
 def sent_by(node_id: int, reply: Message) -> Message:
@@ -444,7 +450,7 @@ def sent_by(node_id: int, reply: Message) -> Message:
     return reply
 
 
-def test_a_message_that_flower_does_not_take_is_named(tmp_path, told):
+def test_a_message_that_flower_does_not_take_is_named(tmp_path, told, without_the_second):
     class Full(LocalGrid):
         def push_messages(self, messages):
             [message] = messages
@@ -455,7 +461,7 @@ def test_a_message_that_flower_does_not_take_is_named(tmp_path, told):
     strategy = lab.strategy(min_clients=2)
     strategy.start(Full(lab.grid().apps))
     assert "client `client-1` is left out: Flower did not take the message for it" in warnings_of(told)
-    assert same(strategy.trainer, lab.in_process(cls=WithoutTheSecond))
+    assert same(strategy.trainer, without_the_second)
 
 
 def test_too_few_connected_clients_end_the_wait(tmp_path):
