@@ -13,7 +13,8 @@ from transformers.utils import logging
 from fedex_hf.base_model import AdaptedModel
 from fedex_hf.carrier import CARRIER
 from fedex_hf.ledger import Ledger
-from fedex_hf.updates import ClientUpdate, LowRankDelta
+from fedex_hf.state_tensors import ledger_tensors
+from fedex_hf.updates import ClientUpdate
 
 
 logger = logging.get_logger(__name__)
@@ -78,18 +79,12 @@ def version_of(base: str, ledger: Ledger) -> str:
         True
     """
     digest = hashlib.sha256(f"fedex_hf base {base}\n".encode())
-    for key, tensor in sorted(tensors_of(ledger.factors, ledger.matrices).items()):
+    for key, tensor in sorted(ledger_tensors(ledger.factors, ledger.matrices).items()):
         name = key.partition("/")[2]
         scaling = ledger.factors[name].scaling if name in ledger.factors else 1.0
         digest.update(f"{key} {tuple(tensor.shape)} {scaling!r}\n".encode())
         digest.update(_bytes_of(tensor))
     return digest.hexdigest()
-
-
-def tensors_of(factors: Mapping[str, LowRankDelta], matrices: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of residuals under the names that they are hashed, written and sent by."""
-    tensors = {f"{factor}/{name}": getattr(delta, factor) for name, delta in factors.items() for factor in "AB"}
-    return tensors | {f"matrices/{name}": matrix for name, matrix in matrices.items()}
 
 
 def refuse_stale(update: ClientUpdate, version: str | PendingVersion) -> None:

@@ -34,6 +34,7 @@ from fedex_hf.base_model import AdaptedModel
 from fedex_hf.base_versions import base_digest
 from fedex_hf.client_states import ClientStateError, StateFolder, fsync, read_states, write_states
 from fedex_hf.ledger import Ledger
+from fedex_hf.state_tensors import ledger_layout, ledger_tensors, state_layout, state_tensors, unflatten, with_prefix
 from fedex_hf.updates import GlobalUpdate, LowRankDelta
 
 
@@ -82,10 +83,9 @@ def save_round(
     """
     folder = directory / FOLDER
     (folder / "clients").mkdir(parents=True, exist_ok=True)
-    tensors = {f"tensors/{name}": tensor for name, tensor in round_state.state.tensors.items()}
-    save_file(_contiguous(flatten(round_state.state.adapters) | tensors), folder / _STATE)
-    matrices = {f"matrices/{name}": matrix for name, matrix in round_state.ledger.matrices.items()}
-    save_file(_contiguous(flatten(round_state.ledger.factors) | matrices), folder / _LEDGER)
+    ledger = round_state.ledger
+    save_file(_contiguous(state_tensors(round_state.state)), folder / _STATE)
+    save_file(_contiguous(ledger_tensors(ledger.factors, ledger.matrices)), folder / _LEDGER)
     places = {client_id: place for place, client_id in enumerate(clients)}
     durable = write_states(folder / "clients", round_state.optimizer_states, places)
     files = {
@@ -123,7 +123,7 @@ def load_round(
     """
     folder = Path(directory) / FOLDER
     meta = read_meta(directory)
-    differing = difference_between(meta["fingerprint"], _jsonable(fingerprint), "there", "here")
+    differing = difference_between(meta["fingerprint"], jsonable(fingerprint), "there", "here")
     if differing:
         raise CheckpointMismatchError(
             f"The checkpoint `{directory}` belongs to another run: {differing}. Resume with the model, adapter, "
@@ -134,13 +134,13 @@ def load_round(
             f"`{directory}` is damaged: its tensors are not those that were written. Resume from another checkpoint."
         )
     state, ledger = load_file(folder / _STATE), load_file(folder / _LEDGER)
-    check_tensors(f"{directory}/{FOLDER}/{_STATE}", state, _state_layout(adapted))
-    check_tensors(f"{directory}/{FOLDER}/{_LEDGER}", ledger, _ledger_layout(adapted, ledger))
+    check_tensors(f"{directory}/{FOLDER}/{_STATE}", state, state_layout(adapted))
+    check_tensors(f"{directory}/{FOLDER}/{_LEDGER}", ledger, ledger_layout(adapted, ledger))
     scalings = {name: site.scaling for name, site in adapted.sites.items()}
     return RoundState(
         round=meta["round"],
-        state=GlobalUpdate(adapters=unflatten(state, scalings), tensors=_with_prefix(state, "tensors/")),
-        ledger=Ledger(unflatten(ledger, scalings), _with_prefix(ledger, "matrices/")),
+        state=GlobalUpdate(adapters=unflatten(state, scalings), tensors=with_prefix(state, "tensors/")),
+        ledger=Ledger(unflatten(ledger, scalings), with_prefix(ledger, "matrices/")),
         optimizer_states=_states_in(folder / "clients", clients, state_folder),
     )
 
@@ -288,30 +288,6 @@ def _digest(folder: Path, round: int) -> str:
     return digest.hexdigest()
 
 
-def _state_layout(adapted: AdaptedModel) -> dict[str, tuple]:
-    layout = {f"tensors/{name}": (tensor.shape, tensor.dtype) for name, tensor in adapted.tensors.items()}
-    for name, site in adapted.sites.items():
-        layout[f"A/{name}"], layout[f"B/{name}"] = (site.A.shape, site.A.dtype), (site.B.shape, site.B.dtype)
-    return layout
-
-
-def _ledger_layout(adapted: AdaptedModel, ledger: Mapping[str, torch.Tensor]) -> dict[str, tuple]:
-    """A ledger may lack layers, and its factors may have any rank, but both of one layer the same."""
-    layout: dict[str, tuple] = {}
-    for key in ledger:
-        kind, _, name = key.partition("/")
-        site = adapted.sites.get(name)
-        if site is not None and kind == "matrices":
-            layout[key] = (site.dense_shape, torch.float32)
-        elif site is not None and kind in ("A", "B"):
-            shape = ledger[key].shape if ledger[key].ndim == site.A.ndim else (0, 0)
-            rank = shape[-2] if kind == "A" else shape[-1]
-            *experts, _, in_features = site.A.shape
-            layout[f"A/{name}"] = (torch.Size([*experts, rank, in_features]), torch.float32)
-            layout[f"B/{name}"] = (torch.Size([*experts, site.B.shape[-2], rank]), torch.float32)
-    return layout
-
-
 def check_tensors(file: str, tensors: Mapping[str, torch.Tensor], layout: Mapping[str, tuple]) -> None:
     for key in [*layout, *tensors]:
         found = (tensors[key].shape, tensors[key].dtype) if key in tensors else None
@@ -323,26 +299,12 @@ def check_tensors(file: str, tensors: Mapping[str, torch.Tensor], layout: Mappin
             raise CheckpointMismatchError(f"`{file}` holds NaN or Inf in `{key}`. Resume from another round.")
 
 
-def flatten(deltas: Mapping[str, LowRankDelta]) -> dict[str, torch.Tensor]:
-    return {f"{factor}/{name}": getattr(delta, factor) for name, delta in deltas.items() for factor in ("A", "B")}
-
-
-def unflatten(tensors: Mapping[str, torch.Tensor], scalings: Mapping[str, float]) -> dict[str, LowRankDelta]:
-    A, B = _with_prefix(tensors, "A/"), _with_prefix(tensors, "B/")
-    return {name: LowRankDelta(A[name], B[name], scalings[name]) for name in A}
-
-
-def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    # A copy in memory of its own: views into the file's buffer are not aligned, and the matrix products of some
-    # libraries then round differently, which would break resuming bit for bit.
-    return {name.removeprefix(prefix): tensors[name].clone() for name in tensors if name.startswith(prefix)}
-
-
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """A value as it comes back from JSON."""
     return json.loads(json.dumps(value))
 
 

@@ -24,6 +24,7 @@ from fedex_hf.aggregators.assignments import offsets_of
 from fedex_hf.aggregators.ranks import start_at_rank
 from fedex_hf.base_model import AdaptedModel
 from fedex_hf.lora_site import LoraSite
+from fedex_hf.state_tensors import flatten, unflatten
 from fedex_hf.updates import GlobalUpdate, LowRankDelta
 
 
@@ -116,7 +117,7 @@ def write_client_adapters(
     tensors = {
         f"{places[client_id]}/{key}": tensor.contiguous()
         for client_id, adapters in client_adapters.items()
-        for key, tensor in ckpt.flatten(adapters).items()
+        for key, tensor in flatten(adapters).items()
     }
     save_file(tensors, file)
 
@@ -145,6 +146,6 @@ def read_client_adapters(
     ckpt.check_tensors(str(file), tensors, layout)
     scalings = {name: site.scaling for name, site in adapted.sites.items()}
     return {
-        client_id: ckpt.unflatten({key: tensors[f"{place}/{key}"] for key in one}, scalings)
+        client_id: unflatten({key: tensors[f"{place}/{key}"] for key in one}, scalings)
         for place, client_id in present.items()
     }

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fedex_hf.base_model import AdaptedModel
-from fedex_hf.base_versions import base_digest, tensors_of, version_of
+from fedex_hf.base_versions import base_digest, version_of
 from fedex_hf.ledger import Ledger
+from fedex_hf.state_tensors import ledger_tensors
 from fedex_hf.updates import LowRankDelta
 
 
@@ -98,7 +99,7 @@ class LedgerDifference:
         tensors = {
             prefix + key: tensor.contiguous()
             for prefix, factors, matrices in parts
-            for key, tensor in tensors_of(factors, matrices).items()
+            for key, tensor in ledger_tensors(factors, matrices).items()
         }
         about = {
             "since": self.since,
@@ -115,17 +116,10 @@ class LedgerDifference:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> LedgerDifference:
-        """Put together again what `to_tensors` has taken apart.
-
-        Raises:
-            LedgerMismatchError: If the parts are not those of a difference.
-        """
-        try:
-            rounds = [_part(tensors, f"{number}/", about["scalings"]) for number in range(about["rounds"])]
-            whole = Ledger(*_part_with_matrices(tensors, about["scalings"])) if about["whole"] else None
-            return cls(about["since"], about["version"], rounds, whole, about["rank"], about["tolerance"])
-        except Exception as error:  # whatever came from elsewhere
-            raise LedgerMismatchError(f"This is no ledger difference ({type(error).__name__}: {error}).") from error
+        """Put together again what `to_tensors` has taken apart; of anything else it may raise anything."""
+        rounds = [_part(tensors, f"{number}/", about["scalings"]) for number in range(about["rounds"])]
+        whole = Ledger(*_part_with_matrices(tensors, about["scalings"])) if about["whole"] else None
+        return cls(about["since"], about["version"], rounds, whole, about["rank"], about["tolerance"])
 
     def save(self, path: str | os.PathLike) -> None:
         """Write it as one safetensors file."""

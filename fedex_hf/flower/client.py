@@ -27,6 +27,7 @@ from fedex_hf import checkpoint as ckpt
 from fedex_hf.flower import wire
 from fedex_hf.flower.settings import agreed_settings, refuse_unsupported
 from fedex_hf.ledger_difference import LedgerDifference
+from fedex_hf.state_tensors import state_layout
 from fedex_hf.trainer import FederatedTrainer
 
 
@@ -187,7 +188,7 @@ class RemoteClient:
         """
         _draw_anew()
         trainer = self.trainer
-        layout = wire.layout_of(trainer.adapted, trainer.aggregator.trained_factors)
+        layout = state_layout(trainer.adapted, trainer.aggregator.trained_factors)
 
         def call(message: Message, context: Context) -> Message:
             reply = self.train(message, context)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from fedex_hf.checkpoint import jsonable
 from fedex_hf.trainer import FederatedTrainer
 
 
@@ -19,7 +19,7 @@ def agreed_settings(trainer: FederatedTrainer) -> dict[str, Any]:
     """
     settings = {name: value for name, value in trainer.fingerprint().items() if name not in _OF_THE_SERVER}
     settings |= {name: getattr(trainer.args, name) for name in _ARGUMENTS}
-    return json.loads(json.dumps(settings))
+    return jsonable(settings)
 
 
 def refuse_unsupported(trainer: FederatedTrainer) -> None:

@@ -6,8 +6,8 @@
     evaluate      down as for training, up metrics only
     query         up a description of the client; see `roster.py`
 
-Keys are `A/<layer>`, `B/<layer>` and `tensors/<parameter>`. NumPy has no bfloat16, so such tensors travel as int16
-with the same bits; what a key's dtype is, both sides know from their own model.
+Keys are those of `state_tensors.py`. NumPy has no bfloat16, so such tensors travel as int16 with the same bits; what a
+key's dtype is, both sides know from their own model.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedex_hf.base_model import AdaptedModel
 from fedex_hf.client_adapters import scaling_at
 from fedex_hf.ledger_difference import LedgerDifference
+from fedex_hf.state_tensors import Layout, state_layout, state_tensors
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
 
 
@@ -31,8 +32,6 @@ ARRAYS, RESIDUALS, CONFIG, METRICS = "arrays", "residuals", "config", "metrics"
 DIFFERENCE = "ledger-difference"  # key in CONFIG
 _HEADER = 4096  # bytes that serialization may add to one tensor
 _MOST_RESIDUALS = 2**20  # tensors in one difference: far more than any model has layers times rounds
-
-Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class PayloadError(ValueError):
@@ -70,37 +69,9 @@ def from_array(array: Array, shape: tuple[int, ...], dtype: torch.dtype) -> torc
     return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
 
 
-def layout_of(adapted: AdaptedModel, factors: tuple[str, ...], rank: int | None = None) -> Layout:
-    """What a state of a model has to look like.
-
-    Args:
-        adapted: The model.
-        factors: The factors that travel, of `("A", "B")`.
-        rank: The sender's rank in every layer; that of the model if `None`.
-
-    Returns:
-        Key -> shape and dtype, in the order in which they are sent.
-    """
-    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for name, site in adapted.sites.items():
-        *experts, own, in_features = site.A.shape
-        rows = own if rank is None else rank
-        shapes = {"A": (*experts, rows, in_features), "B": (*experts, site.B.shape[-2], rows)}
-        for factor in factors:
-            layout[f"{factor}/{name}"] = shapes[factor], getattr(site, factor).dtype
-    for name, tensor in adapted.tensors.items():
-        layout[f"tensors/{name}"] = tuple(tensor.shape), tensor.dtype
-    return layout
-
-
 def encode_state(state: GlobalUpdate | ClientUpdate, factors: tuple[str, ...]) -> ArrayRecord:
     """Adapters and other tensors, without residuals."""
-    arrays = {
-        f"{factor}/{name}": to_array(getattr(delta, factor))
-        for name, delta in state.adapters.items()
-        for factor in factors
-    }
-    return ArrayRecord(arrays | {f"tensors/{name}": to_array(tensor) for name, tensor in state.tensors.items()})
+    return _record(state_tensors(state, factors))
 
 
 def decode_state(
@@ -118,7 +89,7 @@ def decode_state(
     Raises:
         PayloadError: If it does not fit the model, or holds NaN or Inf.
     """
-    layout = layout_of(adapted, factors, rank)
+    layout = state_layout(adapted, factors, rank)
     unexpected, missing = [key for key in arrays if key not in layout], [key for key in layout if key not in arrays]
     if unexpected or missing:
         raise PayloadError(
@@ -175,7 +146,11 @@ def narrowed(arrays: ArrayRecord, layout: Layout) -> ArrayRecord:
 def encode_difference(difference: LedgerDifference) -> tuple[ArrayRecord, str]:
     """A ledger difference as arrays and the JSON that describes them."""
     tensors, about = difference.to_tensors()
-    return ArrayRecord({key: to_array(tensor) for key, tensor in tensors.items()}), json.dumps(about)
+    return _record(tensors), json.dumps(about)
+
+
+def _record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    return ArrayRecord({key: to_array(tensor) for key, tensor in tensors.items()})
 
 
 def decode_difference(arrays: ArrayRecord, about: str, adapted: AdaptedModel) -> LedgerDifference:
