@@ -91,10 +91,8 @@ class ClientBridge(TrainerCallback):
         self._forward("on_optimizer_step")
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.federation.count_client_step()
-        self._forward("on_step_end")
         # The client's trainer knows the loss since its last log; it logs when the federation's flow says so.
-        control.should_log = self.federation.take_step_flags()
+        control.should_log = self.federation.end_client_step()
         return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):

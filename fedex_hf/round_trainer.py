@@ -28,7 +28,6 @@ class RoundTrainer(CheckpointedTrainer):
     # The hooks can be called without `train()`: these hold outside a run.
     learning_rate: float = 0.0
     _fitting: dict[str, Any] | None = None
-    _further_metrics: Mapping[str, float] = {}
     _evaluate_after_round: bool = False
     _save_after_round: bool = False
     _continued: str | None = None  # the round that the constructor was given as `model`
@@ -122,10 +121,7 @@ class RoundTrainer(CheckpointedTrainer):
             self.restore_global_state()
         if resume_from_checkpoint is None:
             self.federation = ckpt.RoundState(0, self.adapted.read(), self.federation.ledger)
-        self._steps_of_round = {
-            round: sum(self.clients.num_steps(client_id) for client_id in self.sample_clients(round))
-            for round in range(1, self.args.num_rounds + 1)
-        }
+        self._steps_of_round = self.planned_steps(first=1)
         max_steps = sum(self._steps_of_round.values())
         self._init_training_state(max_steps, max_steps, self.args.num_rounds, resume_from_checkpoint, None)
         self._find_best_checkpoint()
@@ -214,6 +210,19 @@ class RoundTrainer(CheckpointedTrainer):
                 self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
                 self.control.should_training_stop = False
 
+    def planned_steps(self, first: int) -> dict[int, int]:
+        """Optimizer steps of all sampled clients in each round from this one on."""
+        return {
+            round: sum(self.clients.num_steps(client_id) for client_id in self.sample_clients(round))
+            for round in range(first, self.args.num_rounds + 1)
+        }
+
+    def end_client_step(self) -> bool:
+        """An optimizer step of a client is over: count it and tell callbacks; returns whether to log now."""
+        self.count_client_step()
+        self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+        return self.take_step_flags()
+
     def count_client_step(self) -> None:
         """One optimizer step of the client that is being fitted."""
         self.state.global_step += 1
@@ -240,8 +249,7 @@ class RoundTrainer(CheckpointedTrainer):
 
     def tell_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Tell callbacks that an evaluation is over."""
-        told = {**metrics, **self._further_metrics}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, told)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
 
     def _call_federated(self, event: str, **values: Any) -> None:
         for callback in self.callback_handler.callbacks:
@@ -269,15 +277,6 @@ class RoundTrainer(CheckpointedTrainer):
         return self._evaluating_trainer().predict(
             test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix, **kwargs
         )
-
-    @contextmanager
-    def further_metrics(self, metrics: Mapping[str, float]) -> Iterator[None]:
-        """What callbacks are told of an evaluation inside, beside its own metrics."""
-        self._further_metrics = metrics
-        try:
-            yield
-        finally:
-            self._further_metrics = {}
 
     def _evaluating_trainer(self) -> Trainer:
         trainer = self.clients.trainer

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import random
-import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -136,7 +135,7 @@ class RemoteClient:
             return
         difference = wire.decode_difference(arrays, str(about), self.trainer.adapted)
         difference.apply(self.trainer.adapted, self.trainer.ledger_history.base)
-        self._keep()
+        self._keep(difference.version)
         logger.info("%s: base brought up to date by %.2f MB of residuals", self.client_id, difference.nbytes / 1e6)
 
     def take(self, content: RecordDict) -> None:
@@ -168,16 +167,9 @@ class RemoteClient:
         update = trainer.fit_client(self.client_id, round)
         loss, steps = float(update.metrics["train_loss"]), int(update.metrics["steps"])
         logger.info("%s, round %d: %d steps, loss %.4f", self.client_id, round, steps, loss)
-        return _reply(
-            message,
-            {
-                wire.ARRAYS: wire.encode_state(update, trainer.aggregator.trained_factors),
-                wire.METRICS: MetricRecord({"num-examples": update.num_examples, "train_loss": loss, "steps": steps}),
-                wire.CONFIG: ConfigRecord(
-                    {"client-id": self.client_id, "round": round, "base-version": str(update.base_version)}
-                ),
-            },
-        )
+        arrays = wire.encode_state(update, trainer.aggregator.trained_factors)
+        metrics = {"num-examples": update.num_examples, "train_loss": loss, "steps": steps}
+        return self._answer(message, round, metrics, {wire.ARRAYS: arrays})
 
     def train_inside(self, mods: Sequence[Mod], message: Message, context: Context) -> Message:
         """`train` inside mods, which get numbers to calculate with.
@@ -220,19 +212,12 @@ class RemoteClient:
         self.take(message.content)
         trainer.restore_global_state()
         metrics = {name: value for name, value in trainer.evaluate().items() if isinstance(value, (int, float))}
-        return _reply(
-            message,
-            {
-                wire.METRICS: MetricRecord({"num-examples": sum(map(len, parts)), **metrics}),
-                wire.CONFIG: ConfigRecord(
-                    {
-                        "client-id": self.client_id,
-                        "round": trainer.federation.round,
-                        "base-version": self.base_version,
-                    }
-                ),
-            },
-        )
+        return self._answer(message, trainer.federation.round, {"num-examples": sum(map(len, parts)), **metrics}, {})
+
+    def _answer(self, message: Message, round: int, metrics: dict[str, Any], records: dict[str, Any]) -> Message:
+        """A reply that says who answers, for which round, and on which base."""
+        who: dict[str, Any] = {"client-id": self.client_id, "round": round, "base-version": self.base_version}
+        return _reply(message, {**records, wire.METRICS: MetricRecord(metrics), wire.CONFIG: ConfigRecord(who)})
 
     def _restore(self) -> None:
         if not self._file.is_file():
@@ -243,21 +228,21 @@ class RemoteClient:
             logger.warning("%s: `%s` is not used: %s", self.client_id, self._file, error)
         self.trainer.federation.ledger = self.trainer.adapted.ledger
 
-    def _keep(self) -> None:
+    def _keep(self, version: str) -> None:
         self.trainer.federation.ledger = self.trainer.adapted.ledger
         self._file.parent.mkdir(parents=True, exist_ok=True)
         for left in self._file.parent.glob("*.unfinished"):  # by a process that was killed
             left.unlink(missing_ok=True)
         unfinished = self._file.with_suffix(f".{os.getpid()}.unfinished")
-        LedgerDifference(None, self.base_version, ledger=self.trainer.adapted.ledger).save(unfinished)
+        LedgerDifference(None, version, ledger=self.trainer.adapted.ledger).save(unfinished)
         unfinished.replace(self._file)
 
 
 def _draw_anew() -> None:
     """Seed Python, NumPy and torch from the operating system."""
     random.seed()
-    np.random.seed(secrets.randbits(32))
-    torch.manual_seed(secrets.randbits(63))
+    np.random.seed()
+    torch.seed()
 
 
 def _apply(mod: Mod, call: Call, message: Message, context: Context) -> Message:

@@ -91,11 +91,15 @@ class Roster:
             except ValueError as error:
                 self._refused.add(node_id)
                 logger.warning("Node %d is turned away: %s", node_id, str(error)[:1000])
-            if all(client_id in self.members for client_id in wanted):
+            if not self.missing(wanted):
                 return
         for node_id, reason in self.post.unanswered().items():
             self._refused.add(node_id)
             logger.warning("Node %d does not say which client it is (%s); it is asked again later.", node_id, reason)
+
+    def missing(self, clients: Sequence[str]) -> list[str]:
+        """Those of some clients that are not connected."""
+        return [client_id for client_id in clients if client_id not in self.members]
 
     def gather(self, grid: Grid, clients: Sequence[str], least: int, timeout: float) -> list[Member]:
         """The clients of a round that are connected, after waiting for the others.
@@ -115,10 +119,9 @@ class Roster:
             if waited - said >= _SAY_WHO_IS_MISSING_SECONDS:
                 self._refused.clear()  # who was turned away may have been mended
             names = self.drop_gone(grid)
-            missing = [client_id for client_id in clients if client_id not in self.members]
-            if missing:
+            if self.missing(clients):
                 self.ask_new(names, clients, min(max(timeout, _ANSWER_SECONDS), self.post.timeout))
-                missing = [client_id for client_id in clients if client_id not in self.members]
+            missing = self.missing(clients)
             present = len(clients) - len(missing)
             if not missing or (present >= least and waited >= timeout):
                 break

@@ -64,6 +64,7 @@ class ServerTrainer(FederatedTrainer):
 
     runner_class = RemoteClients
     strategy: FedExStrategy
+    _theirs: Mapping[str, float] = {}  # the clients' metrics, while the server's are formed
 
     def fingerprint(self) -> dict[str, Any]:
         """As in one process, without the clients' sizes, which may change between rounds."""
@@ -78,10 +79,7 @@ class ServerTrainer(FederatedTrainer):
 
     def plan_steps(self, round: int) -> None:
         """Plan the steps of this round and the later ones anew, now that more clients have told their size."""
-        later = range(round, self.args.num_rounds + 1)
-        planned = {
-            each: sum(self.clients.num_steps(client_id) for client_id in self.sample_clients(each)) for each in later
-        }
+        planned = self.planned_steps(first=round)
         self._steps_of_round = {**self._steps_of_round, **planned}
         self.state.max_steps = self.state.global_step + sum(planned.values())
         for callback in self.callback_handler.callbacks:
@@ -91,10 +89,7 @@ class ServerTrainer(FederatedTrainer):
     def count_steps(self, steps: int) -> None:
         """Steps that a client has made elsewhere: for progress bar, and for what acts every so many steps."""
         for _ in range(steps):
-            self.count_client_step()
-            self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
-            self.control.should_log = False  # losses of single steps stay with the clients
-            self.take_step_flags()
+            self.end_client_step()  # nothing to log: losses of single steps stay with the clients
 
     def round_metrics(
         self, updates: Sequence[ClientUpdate], update: GlobalUpdate, exactness: Exactness
@@ -124,13 +119,20 @@ class ServerTrainer(FederatedTrainer):
         if theirs:
             self.log(dict(theirs))
         if here:
-            with self.further_metrics(theirs):
+            self._theirs = theirs
+            try:
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs) | theirs
+            finally:
+                self._theirs = {}
         if not self.strategy.is_running:
             raise RuntimeError("The clients evaluate while the run goes on, and the server has no `eval_dataset`.")
         if theirs:
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, theirs)
+            self.tell_evaluation(theirs)
         return theirs
+
+    def tell_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Callbacks are told of both evaluations at once: early stopping may go by either."""
+        super().tell_evaluation({**metrics, **self._theirs})
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"

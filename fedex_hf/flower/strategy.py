@@ -176,7 +176,7 @@ class FedExStrategy(Strategy):
         clients, least = self.trainer.sample_clients(server_round), self.trainer.args.min_clients
         members = self._roster.gather(grid, clients, least, self.connect_timeout)
         self.trainer.plan_steps(server_round)
-        return (self._message(member, MessageType.TRAIN, server_round, arrays, config) for member in members)
+        return self._messages(members, MessageType.TRAIN, server_round, arrays, config)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -226,7 +226,7 @@ class FedExStrategy(Strategy):
         self._post.begin()
         self._roster.drop_gone(grid)
         members = [self._roster.members[name] for name in self._roster.clients if name in self._roster.members]
-        return (self._message(member, MessageType.EVALUATE, server_round, arrays, config) for member in members)
+        return self._messages(members, MessageType.EVALUATE, server_round, arrays, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Form the mean of the clients' metrics, weighted by the examples of their `eval_dataset`."""
@@ -248,21 +248,26 @@ class FedExStrategy(Strategy):
 
     # ---- Messages ----
 
-    def _message(self, member: Member, kind: str, round: int, arrays: ArrayRecord, config: ConfigRecord) -> Message:
+    def _messages(
+        self, members: Sequence[Member], kind: str, round: int, arrays: ArrayRecord, config: ConfigRecord
+    ) -> Iterator[Message]:
         trainer = self.trainer
-        about: dict[str, Any] = dict(config) | {
-            "round": round,
-            "place": trainer.clients.order[member.client_id],
-            "num-clients": len(trainer.clients.order),
-            "rank": trainer.args.parsed_client_ranks.get(member.client_id, 0),
-        }
-        records: dict[str, Any] = {wire.ARRAYS: arrays}
-        if member.holds != trainer.base_version:
-            since = None if member.client_id in self._roster.cannot_replay else member.holds
-            residuals, about[wire.DIFFERENCE] = wire.encode_difference(trainer.ledger_difference(since))
-            records[wire.RESIDUALS] = residuals
-        content = RecordDict(records | {wire.CONFIG: ConfigRecord(about)})
-        return Message(content, member.node_id, kind, ttl=self._post.timeout, group_id=str(round))
+        residuals: dict[str | None, tuple[ArrayRecord, str]] = {}  # by the version that they start from
+        for member in members:
+            about: dict[str, Any] = dict(config) | {
+                "round": round,
+                "place": trainer.clients.order[member.client_id],
+                "num-clients": len(trainer.clients.order),
+                "rank": trainer.args.parsed_client_ranks.get(member.client_id, 0),
+            }
+            records: dict[str, Any] = {wire.ARRAYS: arrays}
+            if member.holds != trainer.base_version:
+                since = None if member.client_id in self._roster.cannot_replay else member.holds
+                if since not in residuals:
+                    residuals[since] = wire.encode_difference(trainer.ledger_difference(since))
+                records[wire.RESIDUALS], about[wire.DIFFERENCE] = residuals[since]
+            content = RecordDict(records | {wire.CONFIG: ConfigRecord(about)})
+            yield Message(content, member.node_id, kind, ttl=self._post.timeout, group_id=str(round))
 
     def _readable(self, replies: Iterable[Message], round: int) -> Iterator[tuple[Member, Message]]:
         """Replies that are no errors, with who sent them; whoever is missing at the end is left out."""
