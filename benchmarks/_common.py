@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -110,6 +112,46 @@ def train(trainer: Trainer) -> int:
     """Train without printing; returns the number of optimizer steps."""
     trainer.remove_callback(PrinterCallback)
     return trainer.train().global_step
+
+
+def shares_of(data: Dataset, clients: int) -> dict[str, Dataset]:
+    """The data in equal parts, one per client."""
+    return {f"client-{index}": data.shard(clients, index, contiguous=True) for index in range(clients)}
+
+
+def resident_memory() -> int:
+    """Memory of this process as the system counts it, bytes; 0 elsewhere than on Linux."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.is_file() else 0
+
+
+def run_in_child(script: str, flags: Mapping[str, Any], environment: Mapping[str, str], what: str) -> Any:
+    """Run a script in a process of its own.
+
+    Args:
+        script: Its path.
+        flags: Its flags; a list is several words, and `None` leaves the flag out.
+        environment: Variables beside those of this process.
+        what: What runs, for the message of a failure.
+
+    Returns:
+        What its last line says, as JSON.
+
+    Raises:
+        RuntimeError: If it fails.
+    """
+    words = [
+        str(word)
+        for flag, value in flags.items()
+        if value is not None
+        for word in (flag, *(value if isinstance(value, list) else [value]))
+    ]
+    done = subprocess.run(
+        [sys.executable, script, *words], capture_output=True, text=True, check=False, env=os.environ | environment
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{what} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

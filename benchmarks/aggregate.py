@@ -20,10 +20,7 @@ time.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _common import describe_machine, markdown_table, publish, start
+from _common import describe_machine, markdown_table, publish, run_in_child, start
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -177,16 +174,13 @@ def run(
     args: BenchmarkArguments, way: str, adapters: int, folder: Path, environment: dict[str, str]
 ) -> dict[str, float]:
     """One run in a process of its own."""
-    flags = {"--child": way, "--adapters": adapters, "--folder": folder}
-    flags |= {} if args.threads is None else {"--threads": args.threads}
-    command = [sys.executable, __file__, *(str(word) for pair in flags.items() for word in pair)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    flags = {"--child": way, "--adapters": adapters, "--folder": folder, "--threads": args.threads}
+    figures = run_in_child(
+        __file__, flags, {"HF_HUB_OFFLINE": "1"} | environment, f"The way `{way}` with {adapters} adapters"
+    )
     shutil.rmtree(folder / "output", ignore_errors=True)
-    if result.returncode != 0:
-        raise RuntimeError(f"The way `{way}` failed with {adapters} adapters:\n{result.stderr[-3000:]}")
     print(f"{adapters} adapters, {way}: done", flush=True)
-    return json.loads(result.stdout.splitlines()[-1])
+    return figures
 
 
 def compare(args: BenchmarkArguments, adapters: int, folder: Path) -> Figures:

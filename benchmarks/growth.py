@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import tempfile
 import tracemalloc
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +27,8 @@ from _common import (
     describe_model,
     markdown_table,
     publish,
+    resident_memory,
+    shares_of,
     start,
     train,
     training_arguments,
@@ -75,7 +75,7 @@ class Looks(FederatedCallback):
             tensors = sum(issubclass(type(each), torch.Tensor) for each in objects)
             traced = tracemalloc.get_traced_memory()[0]
             logged = len(json.dumps(state.log_history))
-            self.rows.append((round * self.clients, len(objects), tensors, traced, logged, _resident()))
+            self.rows.append((round * self.clients, len(objects), tensors, traced, logged, resident_memory()))
             del objects
             gc.freeze()
 
@@ -91,20 +91,13 @@ def run(args: BenchmarkArguments, settings: dict[str, Any]) -> list[tuple[int, .
         trainer = FederatedTrainer(
             build_model(size),
             training_arguments(FederatedTrainingArguments, size, folder, num_rounds=rounds, **settings),
-            train_dataset={
-                f"client-{index}": data.shard(args.clients, index, contiguous=True) for index in range(args.clients)
-            },
+            train_dataset=shares_of(data, args.clients),
             callbacks=[looks],
         )
         tracemalloc.start()
         train(trainer)
         tracemalloc.stop()
     return looks.rows
-
-
-def _resident() -> int:
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.is_file() else 0
 
 
 HEAD = ("fits", "objects", "tensors", "traced, MB", "log history as JSON, MB", "resident, MB")

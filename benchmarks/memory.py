@@ -19,8 +19,6 @@ client. Three peaks are taken:
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -39,6 +37,7 @@ from _common import (
     describe_model,
     markdown_table,
     publish,
+    run_in_child,
     start,
     train,
     training_arguments,
@@ -267,23 +266,16 @@ def _spawn(args: BenchmarkArguments, clients: int, rounds: int, run: str) -> dic
     child, environment = RUNS[run]
     flags = {
         "--child": child,
-        "--clients": f"{clients} {max(args.clients)}",
+        "--clients": [clients, max(args.clients)],
         "--rounds": rounds,
         "--steps": args.steps,
         "--model": args.model,
         "--rank": args.rank,
-    } | ({} if args.threads is None else {"--threads": args.threads})
-    command = [
-        sys.executable,
-        __file__,
-        *(word for pair in flags.items() for item in pair for word in str(item).split()),
-    ]
-    environment = os.environ | environment
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if result.returncode != 0:
-        raise RuntimeError(f"A run of {clients} clients failed:\n{result.stderr[-3000:]}")
+        "--threads": args.threads,
+    }
+    figures = run_in_child(__file__, flags, environment, f"A run of {clients} clients")
     print(f"{rounds} rounds, {clients} clients, {run}: done", flush=True)
-    return json.loads(result.stdout.splitlines()[-1])
+    return figures
 
 
 # ---- The report ----

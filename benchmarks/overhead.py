@@ -34,6 +34,7 @@ from _common import (
     describe_model,
     markdown_table,
     publish,
+    shares_of,
     start,
     train,
     training_arguments,
@@ -209,7 +210,7 @@ def run_federated(case: Case, data: Dataset, output_dir: str) -> Clock:
     """`FederatedTrainer` with a client per share of the data."""
     model = build_model(SIZES[case.model])
     args = training_arguments(FederatedTrainingArguments, SIZES[case.model], output_dir, num_rounds=case.rounds)
-    clients = _shares(case, data)
+    clients = shares_of(data, case.clients)
 
     def run(clock: Clock) -> int:
         trainer = ClockedFederatedTrainer(model, args, train_dataset=clients, callbacks=[clock])
@@ -223,17 +224,12 @@ def run_separate(case: Case, data: Dataset, output_dir: str) -> Clock:
     """A new plain `Trainer` for every fit, one after another on the same model: no swapping, no aggregation."""
     model = build_model(SIZES[case.model])
     args = training_arguments(TrainingArguments, SIZES[case.model], output_dir, num_train_epochs=1)
-    shares = [*_shares(case, data).values()] * case.rounds
+    shares = [*shares_of(data, case.clients).values()] * case.rounds
 
     def run(clock: Clock) -> int:
         return sum(train(Trainer(model, args, train_dataset=share)) for share in shares)
 
     return _timed(run, case)
-
-
-def _shares(case: Case, data: Dataset) -> dict[str, Dataset]:
-    shares = (data.shard(case.clients, index, contiguous=True) for index in range(case.clients))
-    return {f"client-{index}": share for index, share in enumerate(shares)}
 
 
 def _timed(run: Callable[[Clock], int], case: Case) -> Clock:

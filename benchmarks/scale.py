@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +31,9 @@ from _common import (
     describe_model,
     markdown_table,
     publish,
+    resident_memory,
+    run_in_child,
+    shares_of,
     start,
     train,
     training_arguments,
@@ -96,7 +96,7 @@ class WatchedTrainer(FederatedTrainer):
 
     def begin_rounds(self, resume_from_checkpoint: str | None) -> None:
         """What one client's optimizer ends with becomes everyone's state."""
-        self.resident_before = _resident()
+        self.resident_before = resident_memory()
         self.fit_client(next(iter(self.clients.datasets)), round=1)
         self.restore_global_state()
         self.state.global_step = 0
@@ -124,8 +124,7 @@ def run_child(args: BenchmarkArguments) -> dict[str, float]:
             **states,
         )
         settings.save_strategy, settings.save_total_limit = "epoch", 2
-        shares = {f"client-{index}": data.shard(clients, index, contiguous=True) for index in range(clients)}
-        trainer = WatchedTrainer(model, settings, train_dataset=shares)
+        trainer = WatchedTrainer(model, settings, train_dataset=shares_of(data, clients))
         train(trainer)
         held = trainer.federation.optimizer_states
         return {
@@ -133,7 +132,7 @@ def run_child(args: BenchmarkArguments) -> dict[str, float]:
             "save": median(trainer.seconds["save"][1:]),
             "written": median(trainer.written[1:]),
             "held": 0 if isinstance(held, StatesOnDisk) else sum(_nbytes(each) for each in held.values()),
-            "resident": _resident() - trainer.resident_before,
+            "resident": resident_memory() - trainer.resident_before,
             "state": _nbytes(held[next(iter(held))]),
         }
 
@@ -142,15 +141,11 @@ def _nbytes(state: Mapping[int, Mapping[str, Any]]) -> int:
     return sum(each.nbytes for moments in state.values() for each in moments.values() if torch.is_tensor(each))
 
 
-def _resident() -> int:
-    status = Path("/proc/self/statm")
-    if not status.is_file():
-        raise SystemExit("This benchmark reads memory and bytes written from /proc, which only Linux has.")
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def _bytes_written() -> int:
-    lines = Path("/proc/self/io").read_text().splitlines()
+    counts = Path("/proc/self/io")
+    if not counts.is_file():
+        raise SystemExit("This benchmark reads memory and bytes written from /proc, which only Linux has.")
+    lines = counts.read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("wchar"))
 
 
@@ -207,13 +202,10 @@ def _spawn(args: BenchmarkArguments, states: str, clients: int, sampled: int) ->
         "--rounds": args.rounds,
         "--steps": args.steps,
         "--model": args.model,
-    } | ({} if args.threads is None else {"--threads": args.threads})
-    command = [sys.executable, __file__, *(str(word) for pair in flags.items() for word in pair)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back to the system
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if result.returncode != 0:
-        raise RuntimeError(f"A run of {clients} clients failed:\n{result.stderr[-3000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
+        "--threads": args.threads,
+    }
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back to the system
+    return run_in_child(__file__, flags, environment, f"A run of {clients} clients")
 
 
 # ---- The report ----

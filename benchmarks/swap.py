@@ -26,6 +26,7 @@ from _common import (
     describe_model,
     markdown_table,
     publish,
+    shares_of,
     start,
     training_arguments,
 )
@@ -67,8 +68,7 @@ def measure(model: str, repeats: int, settings: dict[str, Any]) -> list[float]:
     data = build_data(size, 2 * size.batch)
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(FederatedTrainingArguments, size, folder, num_rounds=ROUNDS, **settings)
-        shares = {f"client-{index}": data.shard(2, index, contiguous=True) for index in range(2)}
-        trainer = FederatedTrainer(build_model(size), args, train_dataset=shares)
+        trainer = FederatedTrainer(build_model(size), args, train_dataset=shares_of(data, 2))
         trainer.remove_callback(PrinterCallback)
         for round in range(1, ROUNDS + 1):
             trainer.run_round(round)
