@@ -200,11 +200,5 @@ class WithoutTheSecond(FederatedTrainer):
 
 def same(left: FederatedTrainer, right: FederatedTrainer) -> bool:
     """Whether two trainers hold the same adapter, base and ledger, bit for bit."""
-    ledgers = [{**each.federation.ledger.matrices, **flat(each)} for each in (left, right)]
+    ledgers = [tiny.tensors_of(each.federation.ledger) for each in (left, right)]
     return tiny.same_bytes(tiny.trained(left.model), tiny.trained(right.model)) and tiny.same_bytes(*ledgers)
-
-
-def flat(trainer: FederatedTrainer) -> dict[str, Any]:
-    """The ledger's factors by name."""
-    factors = trainer.federation.ledger.factors
-    return {f"{name} {factor}": getattr(delta, factor) for name, delta in factors.items() for factor in "AB"}

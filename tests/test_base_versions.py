@@ -71,11 +71,6 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def tensors_of(ledger: Ledger) -> dict[str, torch.Tensor]:
-    factors = {f"{name}.{factor}": getattr(delta, factor) for name, delta in ledger.factors.items() for factor in "AB"}
-    return factors | ledger.matrices
-
-
 @dataclass
 class Noted:
     """What a server has done in one round, and held after it."""
@@ -185,7 +180,7 @@ def test_a_client_that_missed_five_rounds_catches_up(run):
     assert client.ledger is ledger
     assert same(weights_of(client.model), weights_of(run.every_round.model))
     assert same(bytes_of(client.model), bytes_of(run.every_round.model))
-    assert same(tensors_of(ledger), tensors_of(run.trainer.federation.ledger))
+    assert same(tiny.tensors_of(ledger), tiny.tensors_of(run.trainer.federation.ledger))
     assert difference.apply(client) is ledger  # once more changes nothing
 
 
@@ -197,7 +192,7 @@ def test_rounds_are_replayed_as_they_were_added(run):
     difference = LedgerDifference(left.version, later[-1].version, rounds, **settings)
     client = run.away_again()
     difference.apply(client, base_digest(client))
-    assert same(tensors_of(client.ledger), tensors_of(run.trainer.federation.ledger))
+    assert same(tiny.tensors_of(client.ledger), tiny.tensors_of(run.trainer.federation.ledger))
     if run.settings:
         client = run.away_again()
         with pytest.raises(LedgerMismatchError, match="here it ends at"):
@@ -226,7 +221,7 @@ def test_it_travels_as_a_file(run, whole, tmp_path):
     assert (loaded.since, loaded.version, loaded.nbytes) == (difference.since, difference.version, difference.nbytes)
     client = run.away_again()
     loaded.apply(client)
-    assert same(tensors_of(client.ledger), tensors_of(run.trainer.federation.ledger))
+    assert same(tiny.tensors_of(client.ledger), tiny.tensors_of(run.trainer.federation.ledger))
     size = (tmp_path / "difference.safetensors").stat().st_size
     assert difference.nbytes < size < difference.nbytes + 40_000
 
@@ -248,8 +243,8 @@ def test_after_a_resume_the_whole_ledger_is_sent(run):
     client = run.away_again()
     trainer.ledger_difference(since).apply(client)
     held = run.trainer.ledger_difference().apply(run.fresh())
-    assert same(tensors_of(client.ledger), tensors_of(trainer.federation.ledger))
-    assert not same(tensors_of(client.ledger), tensors_of(held))
+    assert same(tiny.tensors_of(client.ledger), tiny.tensors_of(trainer.federation.ledger))
+    assert not same(tiny.tensors_of(client.ledger), tiny.tensors_of(held))
 
 
 def test_the_base_itself_is_part_of_the_version(run):

@@ -60,12 +60,6 @@ class Updates(FederatedCallback):
         self.seen.clear()
 
 
-def tensors_of(update):
-    factors = {f"{name}.A": delta.A for name, delta in update.adapters.items()}
-    factors |= {f"{name}.B": delta.B for name, delta in update.adapters.items()}
-    return factors | dict(update.tensors)
-
-
 def joined(lists):
     return list(itertools.chain.from_iterable(lists))
 
@@ -258,7 +252,7 @@ def test_an_update_does_not_depend_on_the_clients_before_it(tmp_path, state, ord
     updates, _ = independent_run(tmp_path / "b", order=order, client_optimizer_state=state)
     assert len(updates) == 3 + len(order)
     for key, update in updates.items():
-        assert tiny.same_bytes(tensors_of(update), tensors_of(expected[key]))
+        assert tiny.same_bytes(tiny.tensors_of(update), tiny.tensors_of(expected[key]))
         assert update.metrics == expected[key].metrics
         assert update.num_examples == expected[key].num_examples
 
@@ -267,10 +261,10 @@ def test_a_single_fit_is_the_one_of_the_round(tmp_path):
     expected, _ = independent_run(tmp_path / "a")
     trainer = federated(tmp_path / "b", tiny.clients_of([12, 7, 9]))
     update = trainer.fit_client("client-2", 1)
-    assert tiny.same_bytes(tensors_of(update), tensors_of(expected[1, "client-2"]))
+    assert tiny.same_bytes(tiny.tensors_of(update), tiny.tensors_of(expected[1, "client-2"]))
     again = trainer.fit_client("client-2", 1)
-    assert tiny.same_bytes(tensors_of(again), tensors_of(update))
-    assert not tiny.same_bytes(tensors_of(trainer.fit_client("client-1", 1)), tensors_of(update))
+    assert tiny.same_bytes(tiny.tensors_of(again), tiny.tensors_of(update))
+    assert not tiny.same_bytes(tiny.tensors_of(trainer.fit_client("client-1", 1)), tiny.tensors_of(update))
 
 
 def test_the_check_of_independence_finds_leaking_moments(tmp_path):
@@ -281,7 +275,7 @@ def test_the_check_of_independence_finds_leaking_moments(tmp_path):
     expected, _ = independent_run(tmp_path / "a", **kwargs)
     Leaky.shared = None
     updates, _ = independent_run(tmp_path / "b", order=(2,), **kwargs)
-    assert not tiny.same_bytes(tensors_of(updates[1, "client-2"]), tensors_of(expected[1, "client-2"]))
+    assert not tiny.same_bytes(tiny.tensors_of(updates[1, "client-2"]), tiny.tensors_of(expected[1, "client-2"]))
 
 
 def test_fits_do_not_disturb_the_callers_generators(tmp_path):
@@ -546,7 +540,7 @@ def test_keep_and_reset_differ_from_the_second_round_on(tmp_path):
         updates, _ = independent_run(tmp_path / state, client_optimizer_state=state)
         results[state] = updates
     for (round, client_id), update in results["keep"].items():
-        same = tiny.same_bytes(tensors_of(update), tensors_of(results["reset"][round, client_id]))
+        same = tiny.same_bytes(tiny.tensors_of(update), tiny.tensors_of(results["reset"][round, client_id]))
         assert same == (round == 1)
 
 
@@ -556,7 +550,7 @@ def test_a_fit_does_not_change_the_kept_state_it_starts_from(tmp_path):
     first = trainer.fit_client("client-1", 3)
     for client_id, state in kept.items():
         assert tiny.same_bytes(flat(trainer.federation.optimizer_states[client_id]), flat(state))
-    assert tiny.same_bytes(tensors_of(trainer.fit_client("client-1", 3)), tensors_of(first))
+    assert tiny.same_bytes(tiny.tensors_of(trainer.fit_client("client-1", 3)), tiny.tensors_of(first))
 
 
 def test_a_fit_that_fails_leaves_the_kept_state_of_the_last_good_round(tmp_path):

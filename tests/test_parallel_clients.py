@@ -111,15 +111,10 @@ def fitted(output_dir, parallel, case="head", **kwargs):
     return trainer.collect_updates(trainer.sample_clients(round=1), round=1)
 
 
-def tensors_of(update):
-    factors = {f"{name}.{each}": getattr(delta, each) for name, delta in update.adapters.items() for each in "AB"}
-    return factors | dict(update.tensors)
-
-
 def apart(left, right):
     """The largest difference between two lists of updates, client by client."""
     assert [each.client_id for each in left] == [each.client_id for each in right]
-    pairs = [(tensors_of(one), tensors_of(other)) for one, other in zip(left, right, strict=True)]
+    pairs = [(tiny.tensors_of(one), tiny.tensors_of(other)) for one, other in zip(left, right, strict=True)]
     return max(float((one[name] - other[name]).abs().max()) for one, other in pairs for name in one)
 
 
@@ -180,7 +175,7 @@ def test_a_bfloat16_base_agrees_to_its_own_rounding(tmp_path):
     def run(parallel):
         given = {"trainer_kwargs": {"model": tiny.llama().to(torch.bfloat16)}}
         updates = fitted(tmp_path / str(parallel), parallel, "llama", **given)
-        return [torch.cat([each.flatten() for each in tensors_of(update).values()]) for update in updates]
+        return [torch.cat([each.flatten() for each in tiny.tensors_of(update).values()]) for update in updates]
 
     one_by_one, together = run(1), run(3)
     for place, expected in enumerate(one_by_one):

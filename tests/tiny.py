@@ -20,7 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fedex_hf import FederatedTrainer, FederatedTrainingArguments
+from fedex_hf import ClientUpdate, FederatedTrainer, FederatedTrainingArguments, GlobalUpdate, Ledger
 
 
 VOCAB, LENGTH, LABELS = 64, 10, 3
@@ -185,6 +185,14 @@ def trained(model: PeftModel) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad or name.endswith("base_layer.weight")
     }
+
+
+def tensors_of(held: ClientUpdate | GlobalUpdate | Ledger) -> dict[str, torch.Tensor]:
+    """All tensors of an update, a state or a ledger, by name."""
+    is_ledger = isinstance(held, Ledger)
+    deltas, others = (held.factors, held.matrices) if is_ledger else (held.adapters, held.tensors)
+    factors = {f"{name}.{factor}": getattr(delta, factor) for name, delta in deltas.items() for factor in "AB"}
+    return factors | dict(others)
 
 
 def same_bytes(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
