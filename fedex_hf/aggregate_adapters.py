@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,10 @@ from fedex_hf.aggregators import Aggregator, get_aggregator
 from fedex_hf.aggregators.base import mean_factors, normalise
 from fedex_hf.checkpoint import atomic_directory
 from fedex_hf.evaluation import NOISE, Exactness, LayerExactness, weighted_sum
+from fedex_hf.lora_site import LoraSite
 from fedex_hf.saving import FORMATS
 from fedex_hf.skeleton import Skeleton
-from fedex_hf.tensor_files import (
-    BaseWeights,
-)
+from fedex_hf.tensor_files import BaseWeights
 from fedex_hf.updates import LowRankDelta
 
 
@@ -177,27 +177,25 @@ def _certify(round: AdapterRound, target: Target, folder: Path, bar: Any) -> Ite
     written = None if adapter is None else Skeleton(round.skeleton.config, adapter.config)
     new = BaseWeights(folder) if target.layers else None
     must_hold = round.method.is_exact and not target.is_narrow
-    for name, site in round.skeleton.sites.items():
-        factors = round.factors(name)
-        ideal = site.dense(weighted_sum(factors, round.weights))
-        change, largest = _norm(ideal), _sum_of_norms(factors, round.weights)
-        rounding = torch.finfo(factors[0].A.dtype).eps * largest
-        installed, resolution = torch.zeros_like(ideal), torch.finfo(torch.float32).eps * largest
+
+    def certified(site: LoraSite) -> tuple[LayerExactness, float]:
+        factors = round.factors(site.name)
+        largest = _sum_of_norms(factors, round.weights)
+        rounding, resolution = (torch.finfo(dtype).eps * largest for dtype in (factors[0].A.dtype, torch.float32))
+        installed: list[Callable[[slice], torch.Tensor]] = []
         if adapter is not None and written is not None:
-            there = written.sites[name]
-            installed += there.dense(adapter.factors(name, there.scaling))
+            there = written.sites[site.name]
+            installed.append(partial(there.rows, adapter.factors(site.name, there.scaling)))
         if new is not None and target.base is not None:
-            key = target.layers[name]
-            old = target.base.read(key)
-            installed += new.read(key).double().sub_(old)
-            resolution = torch.finfo(old.dtype).eps * _norm(old)
-        norms = LayerExactness(
-            change=change if change > NOISE * largest else 0.0,
-            error=_norm(installed.sub_(ideal)),
-            fedit=_norm(site.dense(mean_factors(factors, round.weights)).sub_(ideal)),
-            resolution=resolution,
-        )
-        if must_hold and norms.error > 10 * (resolution + rounding):
+            before, after = (base.read(target.layers[site.name]) for base in (target.base, new))
+            resolution = torch.finfo(before.dtype).eps * _norm(before)
+            installed.append(partial(_difference, site.matrix(after), site.matrix(before)))
+        change, error, fedit = _norms(site, factors, round.weights, installed)
+        return LayerExactness(change if change > NOISE * largest else 0.0, error, fedit, resolution), rounding
+
+    for name, site in round.skeleton.sites.items():
+        norms, rounding = certified(site)
+        if must_hold and norms.error > 10 * (norms.resolution + rounding):
             raise RuntimeError(
                 f"`{name}`: what was written is {norms.aggregation_error:.1e} away from the mean of the adapters' "
                 f"products, which rounding does not explain and `{round.method.name}` does not allow. Nothing is "
@@ -205,6 +203,36 @@ def _certify(round: AdapterRound, target: Target, folder: Path, bar: Any) -> Ite
             )
         yield name, norms
         bar.update()
+
+
+def _norms(
+    site: LoraSite,
+    factors: Sequence[LowRankDelta],
+    weights: torch.Tensor,
+    installed: Sequence[Callable[[slice], torch.Tensor]],
+) -> tuple[float, ...]:
+    """Of the ideal change, of what was written without it, and of FedIT's change without it.
+
+    Args:
+        site: The layer.
+        factors: The adapters'.
+        weights: Theirs.
+        installed: Each makes rows of a part of what was written.
+    """
+    products, averaged = weighted_sum(factors, weights), mean_factors(factors, weights)
+
+    def norms_of(rows: slice) -> tuple[float, ...]:
+        ideal = site.rows(products, rows)
+        written = torch.zeros_like(ideal)
+        for part in installed:
+            written += part(rows)
+        return _norm(ideal), _norm(written.sub_(ideal)), _norm(site.rows(averaged, rows).sub_(ideal))
+
+    return tuple(math.hypot(*each) for each in zip(*map(norms_of, site.blocks()), strict=True))
+
+
+def _difference(after: torch.Tensor, before: torch.Tensor, rows: slice) -> torch.Tensor:
+    return after[rows].double().sub_(before[rows])
 
 
 def _sum_of_norms(factors: Sequence[LowRankDelta], weights: torch.Tensor) -> float:

@@ -161,10 +161,15 @@ class Output:
         if added and self.base is not None:
             key = self.target.layers[site.name]
             weight = self.base.read(key)
-            total = weight.double()
-            for delta in added:
-                total += site.dense(delta)
-            self.base.overwrite(key, total.to(weight.dtype))
+            matrix = site.matrix(weight)
+
+            def changed(rows: slice) -> torch.Tensor:
+                total = matrix[rows].double()
+                for delta in added:
+                    total += site.rows(delta, rows)
+                return total
+
+            self.base.overwrite(key, site.assembled(changed, weight.dtype))
         if self.adapter is not None:
             self.adapter.add(f"{site.name}.lora_A.weight", mean.A)
             self.adapter.add(f"{site.name}.lora_B.weight", mean.B)

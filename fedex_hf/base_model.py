@@ -8,6 +8,7 @@ earlier round is exact, and a checkpoint needs the ledger only.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from fedex_hf.carrier import CARRIER, activate, attach, carried, carry, content, held, is_active
 from fedex_hf.layouts import UnsupportedModelError
 from fedex_hf.ledger import Ledger
-from fedex_hf.lora_site import LoraSite, sites_of, snapshot
+from fedex_hf.lora_site import ALL, LoraSite, sites_of, snapshot
 from fedex_hf.starts import PLAIN_STARTS, check_start
 from fedex_hf.updates import GlobalUpdate, LowRankDelta
 
@@ -151,7 +152,10 @@ class AdaptedModel:
                 weight = self.sites[name].base_weight
                 if name not in self.originals:
                     self.originals[name] = snapshot(weight)
-                weight.copy_(self.base_weight_at(name, ledger, offsets.get(name)))
+                into = weight.data if weight.device.type == "cpu" and weight.is_contiguous() else None
+                new = self.base_weight_at(name, ledger, offsets.get(name), into)
+                if new is not into:
+                    weight.copy_(new)
         self.holds_offsets = bool(offsets)
         self.ledger = ledger
 
@@ -165,49 +169,64 @@ class AdaptedModel:
         original = self.originals.get(name)
         return self.sites[name].base_weight.detach().cpu() if original is None else original
 
-    def base_weight_at(self, name: str, ledger: Ledger, offset: LowRankDelta | None = None) -> torch.Tensor:
+    def base_weight_at(
+        self, name: str, ledger: Ledger, offset: LowRankDelta | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """A layer's base weight under a ledger and a client's offset, in its own dtype and layout, on the CPU.
 
-        With the storage `"adapter"` that is the original one.
+        With the storage `"adapter"`, and where nothing is to be added, that is the original one, and `out` is left
+        alone.
+
+        Args:
+            name: The layer.
+            ledger: All residuals.
+            offset: A client's offset.
+            out: Contiguous tensor to write into; must not be the original.
         """
         original, site = self.original(name), self.sites[name]
-        if self.storage == "adapter":
+        if self.storage == "adapter" or (offset is None and name not in ledger.layers()):
             return original
-        added, own = ledger.dense(name, site), None if offset is None else site.dense(offset)
+        return site.assembled(partial(self._unrounded, name, ledger, offset), original.dtype, out)
+
+    def _unrounded(self, name: str, ledger: Ledger, offset: LowRankDelta | None, rows: slice) -> torch.Tensor:
+        """Rows of `base_weight_at` as those of a matrix, float64."""
+        site = self.sites[name]
+        original = site.matrix(self.original(name))[..., rows, :]
+        added, own = ledger.rows(name, site, rows), None if offset is None else site.rows(offset, rows)
         total = own if added is None else added
         if total is None:
-            return original
+            return original.double()
         total.add_(original)  # float64, and nobody else's
-        if added is not None and own is not None:
-            total.add_(own)
-        return total.to(original.dtype)
+        return total if added is None or own is None else total.add_(own)
 
-    def installed(self, name: str) -> torch.Tensor:
+    def installed(self, name: str, rows: slice = ALL) -> torch.Tensor:
         """What a layer holds beside the trained adapter and any untouched base, read from the live model.
 
         Returns:
-            Matrix of shape `(out_features, in_features)`, or one per expert, float64, on the CPU: the base weight, or
-            what the carrier adds to it, which is nothing if it is switched off.
+            Rows of a matrix of shape `(out_features, in_features)`, or of one per expert, float64, on the CPU: of the
+            base weight, or of what the carrier adds to it, which is nothing if it is switched off.
         """
         site = self.sites[name]
         if self.storage == "base":
-            return site.matrix(site.base_weight.detach().cpu().double())
+            return site.matrix(site.base_weight.detach())[..., rows, :].cpu().double()
         if not is_active(site):
-            return self.installed_at(name, Ledger())
+            return self.installed_at(name, Ledger(), rows=rows)
         dense = held(self._carriers[name])
         if dense is not None:
-            return dense.cpu().double()
-        return site.matrix(site.dense(self._carriers[name].read()))
+            return dense[rows].cpu().double()
+        return site.rows(self._carriers[name].read(), rows)
 
-    def installed_at(self, name: str, ledger: Ledger, offset: LowRankDelta | None = None) -> torch.Tensor:
+    def installed_at(
+        self, name: str, ledger: Ledger, offset: LowRankDelta | None = None, rows: slice = ALL
+    ) -> torch.Tensor:
         """What `installed` would return under another ledger and a client's offset."""
         site = self.sites[name]
         if self.storage == "base":
-            return site.matrix(self.base_weight_at(name, ledger, offset).double())
+            return self._unrounded(name, ledger, offset, rows).to(site.base_weight.dtype).double()
         delta = carried(ledger, offset, site)
         if delta is None:
-            return torch.zeros(site.B.shape[-2], site.A.shape[-1], dtype=torch.float64)
-        return site.matrix(delta.double() if isinstance(delta, torch.Tensor) else site.dense(delta))
+            return torch.zeros(len(site.B[rows]), site.A.shape[-1], dtype=torch.float64)
+        return site.matrix(delta)[rows].double() if isinstance(delta, torch.Tensor) else site.rows(delta, rows)
 
     def precision(self, name: str) -> float:
         """Relative precision of what holds a layer's residual, no unit."""

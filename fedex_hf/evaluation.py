@@ -83,8 +83,8 @@ def measure_exactness(
     """Compare the effective weights that the model holds now with the weighted mean of the clients'.
 
     Nothing is taken from the aggregator: the installed side is read from the live parameters, the ideal side is
-    formed densely in float64 from the clients' factors, and PEFT says how a factored update lies in a weight. One
-    layer is dense at a time.
+    formed densely in float64 from the clients' factors, and PEFT says how a factored update lies in a weight. A few
+    rows of one layer are dense at a time.
 
     Args:
         adapted: The model after the round's update was applied.
@@ -94,25 +94,42 @@ def measure_exactness(
         client_weights: One positive number per update.
     """
     weights = normalise(client_weights, len(updates))
-    layers = {}
-    for name, site in adapted.sites.items():
-        factors = [update.adapters[name] for update in updates]
+    return Exactness(
+        {name: _measure_layer(adapted, name, before, ledger_before, updates, weights) for name in adapted.sites}
+    )
+
+
+def _measure_layer(
+    adapted: AdaptedModel,
+    name: str,
+    before: GlobalUpdate,
+    ledger_before: Ledger,
+    updates: Sequence[ClientUpdate],
+    weights: torch.Tensor,
+) -> LayerExactness:
+    site, factors = adapted.sites[name], [update.adapters[name] for update in updates]
+    products, now, averaged = weighted_sum(factors, weights), site.read(), mean_factors(factors, weights)
+    offsets = [
+        (share, update.offsets[name])
+        for update, share in zip(updates, weights.tolist(), strict=True)
+        if name in update.offsets
+    ]
+
+    def norms_of(rows: slice) -> tuple[float, ...]:
         # Relative to what the clients' layers hold in common.
-        ideal = site.matrix(site.dense(weighted_sum(factors, weights)))
-        start = site.matrix(site.dense(before.adapters[name]))
-        installed, common = adapted.installed(name), adapted.installed_at(name, ledger_before)
-        resolution = adapted.precision(name) * _norm(installed)
-        noise = NOISE * (_norm(ideal) + _norm(start))
-        for update, share in zip(updates, weights.tolist(), strict=True):
-            if name in update.offsets:  # as this client's layer held it, rounded
-                ideal += share * (adapted.installed_at(name, ledger_before, update.offsets[name]) - common)
-                noise = max(noise, resolution)
-        # In place, since what these cost is the memory that they pass through.
-        error = _norm((installed - common).add_(site.matrix(site.dense(site.read()))).sub_(ideal))
-        fedit = _norm(site.matrix(site.dense(mean_factors(factors, weights))).sub_(ideal))
-        change = _norm(ideal.sub_(start))
-        layers[name] = LayerExactness(change if change > noise else 0.0, error, fedit, resolution)
-    return Exactness(layers)
+        ideal, start = site.rows(products, rows), site.rows(before.adapters[name], rows)
+        installed, common = adapted.installed(name, rows), adapted.installed_at(name, ledger_before, rows=rows)
+        largest = _norm(ideal), _norm(start), _norm(installed)
+        for share, offset in offsets:  # as this client's layer held it, rounded
+            ideal += share * (adapted.installed_at(name, ledger_before, offset, rows) - common)
+        error = _norm((installed - common).add_(site.rows(now, rows)).sub_(ideal))
+        return error, _norm(site.rows(averaged, rows).sub_(ideal)), _norm(ideal.sub_(start)), *largest
+
+    norms = zip(*map(norms_of, site.blocks()), strict=True)
+    error, fedit, change, ideal, start, installed = (math.hypot(*each) for each in norms)
+    resolution = adapted.precision(name) * installed
+    noise = max(NOISE * (ideal + start), resolution if offsets else 0.0)
+    return LayerExactness(change if change > noise else 0.0, error, fedit, resolution)
 
 
 def weighted_sum(factors: Sequence[LowRankDelta], weights: torch.Tensor) -> LowRankDelta:

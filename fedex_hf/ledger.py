@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
-from fedex_hf.lora_site import LoraSite
+from fedex_hf.lora_site import ALL, LoraSite
 from fedex_hf.low_rank import (
     at_scaling,
     compress,
@@ -45,6 +46,12 @@ class Ledger:
             return self.matrices[name].double()
         return site.dense(self.factors[name]) if name in self.factors else None
 
+    def rows(self, name: str, site: LoraSite, rows: slice = ALL) -> torch.Tensor | None:
+        """Rows of a layer's sum, shaped as by `LoraSite.rows`, float64; `None` where there is none."""
+        if name in self.matrices:
+            return site.matrix(self.matrices[name])[..., rows, :].double()
+        return site.rows(self.factors[name], rows) if name in self.factors else None
+
     def plus(
         self,
         residuals: Mapping[str, LowRankDelta],
@@ -70,7 +77,7 @@ class Ledger:
         for name, residual in residuals.items():
             site = sites[name]
             if name in matrices:
-                matrices[name] = site.dense(residual).add_(matrices[name]).float()
+                matrices[name] = plus(site, residual, matrices[name])
                 continue
             before, residual = factors.pop(name, None), _float32_at(residual, site.scaling)
             total = smallest = residual if before is None else concatenate([before, residual])
@@ -82,7 +89,7 @@ class Ledger:
             if smallest.rank < limit:
                 factors[name] = smallest if smallest.rank < total.rank else total
             else:
-                matrices[name] = site.dense(total).float()
+                matrices[name] = site.assembled(partial(site.rows, total), torch.float32)
         return Ledger(factors, matrices)
 
     @property
@@ -94,6 +101,12 @@ class Ledger:
     def nbytes(self) -> int:
         """Size of factors and matrices, in bytes."""
         return sum(delta.nbytes for delta in self.factors.values()) + sum(m.nbytes for m in self.matrices.values())
+
+
+def plus(site: LoraSite, delta: LowRankDelta, matrix: torch.Tensor) -> torch.Tensor:
+    """The sum of a factored and a dense update of a layer, in the layout of the base weight, float32."""
+    dense = site.matrix(matrix)
+    return site.assembled(lambda rows: site.rows(delta, rows).add_(dense[..., rows, :]), torch.float32)
 
 
 def _float32_at(delta: LowRankDelta, scaling: float) -> LowRankDelta:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,6 +74,20 @@ class LowRankDelta:
     def nbytes(self) -> int:
         """Size of the two factors, in bytes."""
         return self.A.nbytes + self.B.nbytes
+
+    @cached_property
+    def product(self) -> torch.Tensor | None:
+        """`B @ A` where one of them is an identity, so that it needs no product; otherwise `None`."""
+        for identity, product in ((self.A, self.B), (self.B, self.A)):
+            if identity.shape[-1] == identity.shape[-2]:
+                diagonal = identity.diagonal(dim1=-2, dim2=-1)
+                if bool((diagonal == 1).all()) and int(identity.count_nonzero()) == diagonal.numel():
+                    return product
+        return None
+
+    def rows(self, rows: slice) -> LowRankDelta:
+        """Some rows of the update, a view."""
+        return LowRankDelta(self.A, self.B[..., rows, :], self.scaling)
 
     def to_dense(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """The update as a matrix of shape `(out_features, in_features)`, or one per expert, computed in `dtype`."""

@@ -1,0 +1,132 @@
+"""Weights and certificates are formed a few rows at a time: the same numbers as whole matrices, in less memory."""
+
+import math
+
+import pytest
+import torch
+from effective import base_bytes, effective, norm
+from layer_kinds import SUPPORTED
+from memory import _peak_allocated
+from peft import LoraConfig, get_peft_model
+from test_layer_kinds import WEIGHTS, Federation, perturbed
+from torch import nn
+
+from fedex_hf import ClientUpdate, FedExAggregator, GlobalUpdate, Ledger, LowRankDelta, lora_site
+from fedex_hf.base_model import AdaptedModel
+from fedex_hf.evaluation import measure_exactness
+from fedex_hf.low_rank import narrowed
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's about tied weights, PiSSA, Conv1D
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Blocks of five rows, which divide no layer of the tests."""
+    monkeypatch.setattr(lora_site, "_BLOCK", 1)
+    monkeypatch.setattr(lora_site, "_ROWS", 5)
+
+
+def random_delta(site, rank, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(*site.A.shape[:-2], rank, site.A.shape[-1], generator=generator)
+    B = torch.randn(*site.B.shape[:-1], rank, generator=generator)
+    return LowRankDelta(A, B, 0.7)
+
+
+@pytest.mark.parametrize("kind", SUPPORTED.values(), ids=SUPPORTED)
+def test_rows_of_every_kind(kind, few_rows):
+    adapted = kind.federated()
+    for site in adapted.sites.values():
+        blocks = list(site.blocks())
+        assert len(blocks) == math.ceil(site.B.shape[-2] / 5)
+        for delta in (random_delta(site, 3), narrowed(random_delta(site, 100))):
+            whole = site.matrix(site.dense(delta))
+            parts = torch.cat([site.rows(delta, rows) for rows in blocks], dim=-2)
+            assert norm([parts - whole]) <= 1e-13 * norm([whole])
+            assert torch.equal(site.rows(delta), whole) or delta.product is not None
+            assembled = site.assembled(lambda rows, site=site, delta=delta: site.rows(delta, rows), torch.float64)
+            assert assembled.shape == site.dense_shape == site.dense(delta).shape
+            assert norm([site.matrix(assembled) - whole]) <= 1e-13 * norm([whole])
+
+
+@pytest.mark.parametrize("kind", SUPPORTED.values(), ids=SUPPORTED)
+def test_rounds_in_blocks_are_exact(kind, few_rows):
+    federation = Federation(kind)
+    for number in range(1, 3):
+        federation.round(number).assert_exact()
+
+
+@pytest.mark.parametrize("name", ["linear", "conv1d-gpt2", "embedding", "conv2d", "linear-bfloat16", "linear-nf4"])
+def test_blocks_change_neither_weights_nor_certificates(name, monkeypatch):
+    def run():
+        federation = Federation(SUPPORTED[name])
+        adapted, state, ledger = federation.adapted, federation.adapted.read(), federation.adapted.ledger
+        locals_ = [perturbed(state, seed) for seed in range(3)]
+        updates = [
+            ClientUpdate(f"client-{i}", 1, WEIGHTS[i], each.adapters, each.tensors) for i, each in enumerate(locals_)
+        ]
+        update = FedExAggregator().aggregate(updates, WEIGHTS)
+        adapted.write(update)
+        adapted.install(ledger.plus(update.residuals, adapted.sites))
+        found = measure_exactness(adapted, state, ledger, updates, WEIGHTS)
+        return effective(federation.model), base_bytes(federation.model), found
+
+    weights, stored, whole = run()
+    monkeypatch.setattr(lora_site, "_BLOCK", 1)
+    monkeypatch.setattr(lora_site, "_ROWS", 5)
+    in_blocks = run()
+    for layer, weight in weights.items():
+        assert norm([weight - in_blocks[0][layer]]) <= 1e-8 * norm([weight])
+        for measure in ("change", "fedit", "resolution"):
+            expected = getattr(whole.layers[layer], measure)
+            assert getattr(in_blocks[2].layers[layer], measure) == pytest.approx(expected, rel=1e-12)
+            assert expected > 0
+        assert in_blocks[2].layers[layer].aggregation_error < 1e-5
+    assert stored.keys() == in_blocks[1].keys()
+
+
+# ---- Memory ----
+
+
+@pytest.fixture
+def wide():
+    """A layer of four blocks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1024, 1024, bias=False))
+    return AdaptedModel(get_peft_model(model, LoraConfig(r=4, target_modules=["0"])), changes_base=True)
+
+
+def peak_of(what):
+    with _peak_allocated() as peaks:
+        what()
+    return peaks["whole run"]
+
+
+def round_of(adapted):
+    state = adapted.read()
+    locals_ = [perturbed(state, seed) for seed in range(3)]
+    updates = [ClientUpdate(f"client-{i}", 1, 1, each.adapters) for i, each in enumerate(locals_)]
+    return state, updates, FedExAggregator().aggregate(updates, [1, 1, 1])
+
+
+def test_nothing_as_large_as_a_layer_is_formed_in_float64(wide):
+    state, updates, update = round_of(wide)
+    ledger = Ledger().plus(update.residuals, wide.sites)
+    wide.write(GlobalUpdate(update.adapters))
+    wide.install(ledger)  # keeps the original
+    (site,) = wide.sites.values()
+    dense = 8 * site.base_weight.numel()
+    assert peak_of(lambda: wide.install(ledger)) < dense
+    assert peak_of(lambda: measure_exactness(wide, state, Ledger(), updates, [1, 1, 1])) < 2 * dense
+    # The twin: one matrix alone, scaled.
+    assert peak_of(lambda: site.dense(update.residuals[site.name])) > dense
+
+
+def test_a_dense_ledger_grows_in_blocks(wide):
+    (site,) = wide.sites.values()
+    residual = random_delta(site, 8)
+    ledger = Ledger(matrices={site.name: torch.zeros(1024, 1024)})
+    matrix = 4 * site.base_weight.numel()
+    assert matrix < peak_of(lambda: ledger.plus({site.name: residual}, wide.sites)) < 3 * matrix
+    assert peak_of(lambda: site.dense(residual)) > 3 * matrix  # the twin
