@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedex_hf import FedExAggregator, Ledger, LowRankDelta
+from fedex_hf import ClientUpdate, FedExAggregator, Ledger, LowRankDelta
 from fedex_hf.aggregators.fedex import means_and_residual
 from fedex_hf.lora_site import sites_of
 from fedex_hf.low_rank import compress, concatenate, narrowed, needs_every_factor
@@ -213,6 +213,69 @@ def test_each_number_of_the_residual_is_rounded_once(offset):
 
     assert differing(np.longdouble) < 1e-3
     assert differing(np.float32) > 0.3  # the twin
+
+
+class OneByOne(FedExAggregator):
+    """Defines `aggregate_layer` itself, which then gets what it is promised: one layer at a time."""
+
+    def aggregate_layer(self, factors, client_weights):
+        assert all(delta.A.ndim == 2 for delta in factors)
+        return super().aggregate_layer(factors, client_weights)
+
+
+def updates_of(layers, clients=3, dtype=torch.float32):
+    """Layers as name -> (size, experts)."""
+    factors = {
+        name: factors_of(clients, 4, experts=experts, seed=seed, dtype=dtype, size=size)
+        for seed, (name, (size, experts)) in enumerate(layers.items())
+    }
+    return [
+        ClientUpdate(f"client-{place}", 1, 1, {name: each[place] for name, each in factors.items()})
+        for place in range(clients)
+    ]
+
+
+@pytest.mark.parametrize("settings", [{}, {"residual_rank": 3}, {"assignment": "reinitialise"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("clients", [1, 2, 5])
+def test_layers_together_equal_one_by_one_bit_for_bit(settings, dtype, clients):
+    layers = {f"layer {place}": ((OUT, IN) if place % 3 else (96, 64), ()) for place in range(9)}
+    updates, weights = updates_of(layers, clients, dtype), [3.0, 2.0, 1.0, 5.0, 4.0][:clients]
+    together = FedExAggregator(**settings).aggregate(updates, weights)
+    expected = OneByOne(**settings).aggregate(updates, weights)
+    assert list(together.adapters) == list(layers)
+    for found, wanted in ((together.adapters, expected.adapters), (together.residuals, expected.residuals)):
+        assert found.keys() == wanted.keys()
+        for name, delta in wanted.items():
+            assert found[name].scaling == delta.scaling
+            for factor in "AB":
+                assert torch.equal(getattr(found[name], factor), getattr(delta, factor))
+                assert getattr(found[name], factor).is_contiguous()
+
+
+def test_small_layers_of_one_shape_take_few_calls():
+    updates = updates_of({f"layer {place}": ((64, 96), ()) for place in range(24)})
+    with Costs() as together:
+        FedExAggregator().aggregate(updates, [1, 1, 1])
+    with Costs() as one:
+        FedExAggregator().aggregate(
+            [ClientUpdate(each.client_id, 1, 1, {"layer 0": each.adapters["layer 0"]}) for each in updates], [1, 1, 1]
+        )
+    assert len(together.allocations) < 2 * len(one.allocations)
+    with Costs() as one_by_one:  # the twin
+        OneByOne().aggregate(updates, [1, 1, 1])
+    assert len(one_by_one.allocations) > 8 * len(together.allocations)
+
+
+def test_large_layers_and_experts_are_not_stacked():
+    """Of those a copy would cost more than the calls."""
+    sizes = {"large": ((8192, 3072), ()), "experts": ((64, 96), (3,)), "small": ((64, 96), ())}
+    updates = updates_of({f"{kind} {place}": size for kind, size in sizes.items() for place in range(2)})
+    results = FedExAggregator().aggregate(updates, [1, 1, 1])
+    assert results.residuals["experts 1"].A.shape == (3, 8, 96)
+    for kind in sizes:
+        A = results.adapters[f"{kind} 0"].A
+        assert (A.untyped_storage().nbytes() > A.nbytes) == (kind == "small")  # a view of what was made together
 
 
 # ---- Residuals of large rank ----

@@ -71,6 +71,20 @@ class Aggregator(ABC):
             The new global factors in the dtype of `factors`, and the residual to add to the base weight (or `None`).
         """
 
+    def aggregate_layers(
+        self, layers: Mapping[str, Sequence[LowRankDelta]], client_weights: torch.Tensor
+    ) -> Mapping[str, tuple[LowRankDelta, LowRankDelta | None]]:
+        """Aggregate all layers. Default: one after another; a method may do it in fewer calls of torch.
+
+        Args:
+            layers: Layer name -> `factors` as `aggregate_layer` takes them.
+            client_weights: As there.
+
+        Returns:
+            Layer name -> what `aggregate_layer` returns.
+        """
+        return {name: self.aggregate_layer(factors, client_weights) for name, factors in layers.items()}
+
     def shorten(self, residual: LowRankDelta) -> LowRankDelta:
         """Decide how much of a layer's residual is sent, once all of it is there. Default: all, as it is.
 
@@ -97,7 +111,7 @@ class Aggregator(ABC):
         client_weights: Sequence[float],
         start: GlobalUpdate | None = None,
     ) -> GlobalUpdate:
-        """Aggregate a round: every adapted layer by `aggregate_layer`, every other tensor by the weighted mean.
+        """Aggregate a round: adapted layers by `aggregate_layers`, every other tensor by the weighted mean.
 
         `assign` then has the last word.
 
@@ -123,8 +137,8 @@ class Aggregator(ABC):
         _check_same_layout(updates)
         adapters: dict[str, LowRankDelta] = {}
         residuals: dict[str, LowRankDelta] = {}
-        for layer in updates[0].adapters:
-            mean, residual = self.aggregate_layer([update.adapters[layer] for update in updates], weights)
+        layers = {layer: [update.adapters[layer] for update in updates] for layer in updates[0].adapters}
+        for layer, (mean, residual) in self.aggregate_layers(layers, weights).items():
             parts = [] if residual is None else [residual]
             if start is not None:
                 mean, lost = _rounded(mean, start.adapters[layer])

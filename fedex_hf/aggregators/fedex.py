@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -117,6 +117,20 @@ class FedExAggregator(Aggregator):
         mean = LowRankDelta(unrounded.A.to(first.A.dtype), unrounded.B.to(first.B.dtype), first.scaling)
         return mean, concatenate([residual, lost_by_rounding(unrounded, mean)])
 
+    def aggregate_layers(
+        self, layers: Mapping[str, Sequence[LowRankDelta]], client_weights: torch.Tensor
+    ) -> Mapping[str, tuple[LowRankDelta, LowRankDelta | None]]:
+        """Small layers of one shape together, as if they were the experts of one: the same bits in fewer calls."""
+        if type(self).aggregate_layer is not FedExAggregator.aggregate_layer:  # a subclass that may not know experts
+            return super().aggregate_layers(layers, client_weights)
+        results: dict[str, tuple[LowRankDelta, LowRankDelta | None]] = {}
+        for names in _alike(layers):
+            together = [_stacked(each) for each in zip(*(layers[name] for name in names), strict=True)]
+            mean, residual = self.aggregate_layer(together, client_weights)
+            residuals = [None] * len(names) if residual is None else _unstacked(residual, len(names))
+            results |= zip(names, zip(_unstacked(mean, len(names)), residuals, strict=True), strict=True)
+        return {name: results[name] for name in layers}
+
     def shorten(self, residual: LowRankDelta) -> LowRankDelta:
         return narrowed(residual) if self.residual_rank is None else compress(residual, self.residual_rank)
 
@@ -135,6 +149,34 @@ def _check_assignment(assignment: str, residual_rank: int | None, seed: int) -> 
             f"`seed={seed!r}` with `assignment={assignment!r}`. Allowed: an integer, and only with "
             '`assignment="reinitialise"`, which alone draws anything.'
         )
+
+
+def _alike(layers: Mapping[str, Sequence[LowRankDelta]]) -> Iterator[list[str]]:
+    """Names of layers of one shape, as many together as a block holds."""
+    groups: dict[tuple, list[str]] = defaultdict(list)
+    for name, factors in layers.items():
+        groups[tuple((each.A.shape, each.B.shape, each.A.dtype, each.A.device, each.scaling) for each in factors)] += [
+            name
+        ]
+    for names in groups.values():
+        factors = layers[names[0]]
+        numbers = sum(each.A.numel() + each.B.numel() for each in factors)
+        size = max(_BLOCKS[factors[0].A.device.type] // numbers, 1) if factors[0].A.ndim == 2 else 1
+        yield from (names[start : start + size] for start in range(0, len(names), size))
+
+
+def _stacked(layers: Sequence[LowRankDelta]) -> LowRankDelta:
+    first = layers[0]
+    if len(layers) == 1:
+        return first
+    A, B = torch.stack([each.A for each in layers]), torch.stack([each.B for each in layers])
+    return LowRankDelta(A, B, first.scaling)
+
+
+def _unstacked(delta: LowRankDelta, number: int) -> list[LowRankDelta]:
+    if number == 1:
+        return [delta]
+    return [LowRankDelta(A, B, delta.scaling) for A, B in zip(delta.A.unbind(), delta.B.unbind(), strict=True)]
 
 
 def exact_residual(factors: Sequence[LowRankDelta], client_weights: torch.Tensor) -> LowRankDelta:
