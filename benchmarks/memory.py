@@ -206,7 +206,7 @@ def _peak_allocated() -> Iterator[dict[str, int]]:
         elif event.name() == "[memory]":
             now += event.nbytes()
             peaks[phase] = max(peaks.get(phase, 0), now)
-    peaks["whole run"] = max(peaks.values())
+    peaks["whole run"] = max(peaks.values(), default=0)
 
 
 # ---- The comparison ----

@@ -163,13 +163,13 @@ class Output:
             weight = self.base.read(key)
             matrix = site.matrix(weight)
 
-            def changed(rows: slice) -> torch.Tensor:
+            def fill(rows: slice, into: torch.Tensor) -> None:
                 total = matrix[rows].double()
                 for delta in added:
                     total += site.rows(delta, rows)
-                return total
+                into.copy_(total)
 
-            self.base.overwrite(key, site.assembled(changed, weight.dtype))
+            self.base.overwrite(key, site.assembled(fill, weight.dtype))
         if self.adapter is not None:
             self.adapter.add(f"{site.name}.lora_A.weight", mean.A)
             self.adapter.add(f"{site.name}.lora_B.weight", mean.B)

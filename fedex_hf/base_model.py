@@ -1,8 +1,8 @@
 """Room 5: the LoRA state of a `PeftModel`, and the residual in its base weights or beside them.
 
-What the model holds of the residuals is a pure function of the ledger: `W = W0 + ledger`, computed in float64 and
-rounded once, or the ledger itself in the carrying adapter. So installing twice changes nothing, going back to an
-earlier round is exact, and a checkpoint needs the ledger only.
+What the model holds of the residuals is a pure function of the ledger: `W = W0 + ledger`, never a sum of rounded
+steps, or the ledger itself in the carrying adapter. So installing twice changes nothing, going back to an earlier
+round is exact, and a checkpoint needs the ledger only.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ class AdaptedModel:
     def install(self, ledger: Ledger, offsets: Mapping[str, LowRankDelta] | None = None) -> None:
         """Make the model hold a ledger.
 
-        In the base: every weight becomes `original + ledger`, rounded once to its dtype; the originals are kept from
-        the first call on, one copy of the adapted base weights. In the carrier: the ledger's own factors or matrices.
+        In the base: every weight becomes `original + ledger`, rounded to its dtype; the originals are kept from the
+        first call on, one copy of the adapted base weights. In the carrier: the ledger's own factors or matrices.
 
         Args:
             ledger: All residuals.
@@ -186,18 +186,20 @@ class AdaptedModel:
         original, site = self.original(name), self.sites[name]
         if self.storage == "adapter" or (offset is None and name not in ledger.layers()):
             return original
-        return site.assembled(partial(self._unrounded, name, ledger, offset), original.dtype, out)
+        return site.assembled(partial(self._fill, name, ledger, offset), original.dtype, out)
 
-    def _unrounded(self, name: str, ledger: Ledger, offset: LowRankDelta | None, rows: slice) -> torch.Tensor:
-        """Rows of `base_weight_at` as those of a matrix, float64."""
+    def _fill(
+        self, name: str, ledger: Ledger, offset: LowRankDelta | None, rows: slice, into: torch.Tensor
+    ) -> torch.Tensor:
+        """Write rows of `base_weight_at` into those of a matrix."""
         site = self.sites[name]
-        original = site.matrix(self.original(name))[..., rows, :]
-        added, own = ledger.rows(name, site, rows), None if offset is None else site.rows(offset, rows)
-        total = own if added is None else added
-        if total is None:
-            return original.double()
-        total.add_(original)  # float64, and nobody else's
-        return total if added is None or own is None else total.add_(own)
+        into.copy_(site.matrix(self.original(name))[..., rows, :])
+        if name in ledger.matrices:
+            into.add_(site.matrix(ledger.matrices[name])[..., rows, :])
+        for delta in (ledger.factors.get(name), offset):
+            if delta is not None:
+                site.add_to(into, delta, rows)
+        return into
 
     def installed(self, name: str, rows: slice = ALL) -> torch.Tensor:
         """What a layer holds beside the trained adapter and any untouched base, read from the live model.
@@ -222,7 +224,8 @@ class AdaptedModel:
         """What `installed` would return under another ledger and a client's offset."""
         site = self.sites[name]
         if self.storage == "base":
-            return self._unrounded(name, ledger, offset, rows).to(site.base_weight.dtype).double()
+            original = site.matrix(self.original(name))[..., rows, :]
+            return self._fill(name, ledger, offset, rows, torch.empty_like(original)).double()
         delta = carried(ledger, offset, site)
         if delta is None:
             return torch.zeros(len(site.B[rows]), site.A.shape[-1], dtype=torch.float64)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from fedex_hf.layouts import UnsupportedModelError
-from fedex_hf.ledger import Ledger, plus
+from fedex_hf.ledger import Ledger, densified, plus
 from fedex_hf.lora_site import PREFIX, LoraSite
 from fedex_hf.low_rank import concatenate, max_useful_rank
 from fedex_hf.updates import LowRankDelta
@@ -185,7 +184,7 @@ def carried(ledger: Ledger, offset: LowRankDelta | None, site: LoraSite) -> LowR
     if matrix is not None:
         return plus(site, own, matrix)
     total = own if factors is None else concatenate([factors, own])
-    return total if total.rank < max_useful_rank(total) else site.assembled(partial(site.rows, total), torch.float32)
+    return total if total.rank < max_useful_rank(total) else densified(site, total)
 
 
 def held(site: LoraSite) -> torch.Tensor | None:

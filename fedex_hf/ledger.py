@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 
-from fedex_hf.lora_site import ALL, LoraSite
+from fedex_hf.lora_site import LoraSite
 from fedex_hf.low_rank import (
     at_scaling,
     compress,
@@ -46,12 +45,6 @@ class Ledger:
             return self.matrices[name].double()
         return site.dense(self.factors[name]) if name in self.factors else None
 
-    def rows(self, name: str, site: LoraSite, rows: slice = ALL) -> torch.Tensor | None:
-        """Rows of a layer's sum, shaped as by `LoraSite.rows`, float64; `None` where there is none."""
-        if name in self.matrices:
-            return site.matrix(self.matrices[name])[..., rows, :].double()
-        return site.rows(self.factors[name], rows) if name in self.factors else None
-
     def plus(
         self,
         residuals: Mapping[str, LowRankDelta],
@@ -62,7 +55,7 @@ class Ledger:
         """A new ledger with one round's residuals added; this one is left as it is.
 
         Stacked factors are the exact sum. They are brought down to the rank that they need whenever they have doubled
-        and before a layer turns dense, so that doing it costs little, unless a bound shows that all of it is
+        and before a sum of rounds turns dense, so that doing it costs little, unless a bound shows that all of it is
         needed; with `rank` or `tolerance` each time.
 
         Args:
@@ -84,12 +77,12 @@ class Ledger:
             limit = max_useful_rank(total)
             if rank is not None or tolerance is not None:
                 smallest = compress(total, rank, tolerance=tolerance)
-            elif total.rank >= limit or before is None or _has_doubled(before, total):
+            elif total.rank < limit if before is None else (total.rank >= limit or _has_doubled(before, total)):
                 smallest = total if needs_every_factor(narrowed(total)) else compress(total)
             if smallest.rank < limit:
                 factors[name] = smallest if smallest.rank < total.rank else total
             else:
-                matrices[name] = site.assembled(partial(site.rows, total), torch.float32)
+                matrices[name] = densified(site, total)
         return Ledger(factors, matrices)
 
     @property
@@ -106,7 +99,16 @@ class Ledger:
 def plus(site: LoraSite, delta: LowRankDelta, matrix: torch.Tensor) -> torch.Tensor:
     """The sum of a factored and a dense update of a layer, in the layout of the base weight, float32."""
     dense = site.matrix(matrix)
-    return site.assembled(lambda rows: site.rows(delta, rows).add_(dense[..., rows, :]), torch.float32)
+
+    def fill(rows: slice, into: torch.Tensor) -> None:
+        site.add_to(into.copy_(dense[..., rows, :]), delta, rows)
+
+    return site.assembled(fill, torch.float32)
+
+
+def densified(site: LoraSite, delta: LowRankDelta) -> torch.Tensor:
+    """A factored update of a layer in the layout of the base weight, computed in float64 and rounded to float32."""
+    return site.assembled(lambda rows, into: into.copy_(site.rows(delta, rows)), torch.float32)
 
 
 def _float32_at(delta: LowRankDelta, scaling: float) -> LowRankDelta:

@@ -3,8 +3,9 @@
 PEFT is asked for every layer's true update (`get_delta_weight`): orientation, scaling and layout are never written by
 hand. What differs between kinds is where PEFT keeps the factors and how it shapes them: `layouts.py`.
 
-What is dense is formed in float64 block by block, a few rows at a time that stay in the processor's cache: several
-times as fast as whole matrices, which are mostly fresh memory, and it needs hardly any.
+What is dense is formed block by block, a few rows at a time that stay in the processor's cache: several times as fast
+as whole matrices, which are mostly fresh memory, and it needs hardly any. What is compared is formed in float64 by
+PEFT; what is added to float32 weights is added in float32, whose rounding there is no way around.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
 from fedex_hf.layouts import LINEAR, Layout, layout_of
-from fedex_hf.low_rank import decompose
+from fedex_hf.low_rank import decompose, multiplies_in_float32
 from fedex_hf.updates import LowRankDelta
 
 
@@ -157,20 +158,38 @@ class LoraSite:
         return (slice(start, start + size) for start in range(0, out_features, size))
 
     def assembled(
-        self, form: Callable[[slice], torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
+        self, fill: Callable[[slice, torch.Tensor], object], dtype: torch.dtype, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What is formed block by block, in the layout of `base_weight`, rounded once to `dtype`.
+        """What is written block by block, in the layout of `base_weight`.
 
         Args:
-            form: Makes of rows what belongs there, shaped as by `rows`.
+            fill: Takes rows, and a view of them, shaped as by `rows`, to write into.
             dtype: Of the result.
             out: Contiguous tensor to write into, a new one if `None`.
         """
         out = torch.empty(self.dense_shape, dtype=dtype) if out is None else out
         matrix = self.matrix(out)
         for rows in self.blocks():
-            matrix[..., rows, :] = form(rows)
+            fill(rows, matrix[..., rows, :])
         return out
+
+    def add_to(self, into: torch.Tensor, delta: LowRankDelta, rows: slice = ALL) -> None:
+        """Add rows of an update to those of a matrix, in place.
+
+        Args:
+            into: Shaped as by `rows`. Float32 is added to in float32, the product with its rounding errors first;
+                anything else, and float32 where torch was told to multiply it with fewer digits, in float64, rounded
+                once.
+            delta: The update.
+            rows: Which rows `into` is.
+        """
+        narrow = into.dtype == delta.A.dtype == torch.float32 and into.ndim == 2
+        if not narrow or (delta.product is None and not multiplies_in_float32()):
+            into.copy_(self.rows(delta, rows).add_(into))
+        elif delta.product is not None:
+            into.add_(delta.product[rows], alpha=delta.scaling * self.layout.times)
+        else:
+            into.addmm_(delta.B[rows], delta.A, alpha=delta.scaling * self.layout.times)
 
     def factored(self, dense: torch.Tensor) -> LowRankDelta:
         """The other way round: factors of the numerical rank, float64 and scaling 1, of which `dense` makes this."""

@@ -14,7 +14,7 @@ import torch
 from fedex_hf.updates import LowRankDelta
 
 
-_COLUMNS, _RANKS = 768, 64  # of a block in `narrowed`: as many as make fast products, and at least so many
+_COLUMNS, _RANKS = 768, 64  # of a block in `_product_in_float64`: as many as make fast products, and at least so many
 
 
 def concatenate(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
@@ -63,11 +63,30 @@ def narrowed(delta: LowRankDelta) -> LowRankDelta:
 
     Returns:
         `delta` itself up to rank `min(out_features, in_features)`; otherwise factors of that rank, of which one is the
-        product, summed in float64 and rounded once to the dtype that came in.
+        product in the dtype that came in. Where torch was told to multiply float32 with fewer digits, that is summed
+        in float64.
     """
     m, n = delta.out_features, delta.in_features
     if delta.rank <= min(m, n):
         return delta
+    full = delta.A.dtype == torch.float64 or (delta.A.dtype == torch.float32 and multiplies_in_float32())
+    product = delta.B @ delta.A if full else _product_in_float64(delta)
+    identity = torch.eye(min(m, n), dtype=product.dtype, device=product.device)
+    identity = identity.expand(*delta.A.shape[:-2], -1, -1).contiguous()
+    return LowRankDelta(*((identity, product) if n <= m else (product, identity)), delta.scaling, delta.cut)
+
+
+def multiplies_in_float32() -> bool:
+    """Whether float32 products have all their digits, as they do unless somebody has asked for less."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set for one backend, by the newer `fp32_precision`
+        return False
+
+
+def _product_in_float64(delta: LowRankDelta) -> torch.Tensor:
+    """`B @ A`, summed in float64 and rounded once, without either factor in float64 as a whole."""
+    m, n = delta.out_features, delta.in_features
     A, B = (factor.reshape(-1, *factor.shape[-2:]) for factor in (delta.A, delta.B))
     product = A.new_empty(len(A), m, n)
     # Of float32 factors, what is float64 at a time is as large as 0.8 (sums) and 0.125 (factors) of them.
@@ -77,9 +96,7 @@ def narrowed(delta: LowRankDelta) -> LowRankDelta:
         for right, left in zip(columns.split(ranks, -2), B.split(ranks, -1), strict=True):
             total.baddbmm_(left.double(), right.double())
         out.copy_(total)
-    product = product.view(*delta.A.shape[:-2], m, n)
-    identity = torch.eye(min(m, n), dtype=A.dtype, device=A.device).expand(*delta.A.shape[:-2], -1, -1).contiguous()
-    return LowRankDelta(*((identity, product) if n <= m else (product, identity)), delta.scaling, delta.cut)
+    return product.view(*delta.A.shape[:-2], m, n)
 
 
 def needs_every_factor(delta: LowRankDelta) -> bool:

@@ -464,7 +464,8 @@ def test_install_adds_the_ledger_to_the_original(make):
         expected = originals[name].double().numpy() + expected_dense(residuals[name], site)
         assert site.base_weight is identities[name]
         assert not site.base_weight.requires_grad
-        assert np.array_equal(site.base_weight.numpy(force=True), expected.astype(np.float32))  # rounded once
+        rounding = error(expected.astype(np.float32), expected)
+        assert error(site.base_weight.numpy(force=True), expected) < 3 * rounding < 1e-7
         # The twin: in the wrong layout, or not at all, this could not hold.
         assert error(originals[name], expected) > 0.1
     now = {name: parameter.detach() for name, parameter in model.named_parameters() if name in others}

@@ -1,6 +1,8 @@
 """Weights and certificates are formed a few rows at a time: the same numbers as whole matrices, in less memory."""
 
 import math
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -34,6 +36,10 @@ def random_delta(site, rank, seed=0):
     return LowRankDelta(A, B, 0.7)
 
 
+def add_to_zero(site, delta, rows, into):
+    site.add_to(into.zero_(), delta, rows)
+
+
 @pytest.mark.parametrize("kind", SUPPORTED.values(), ids=SUPPORTED)
 def test_rows_of_every_kind(kind, few_rows):
     adapted = kind.federated()
@@ -45,9 +51,10 @@ def test_rows_of_every_kind(kind, few_rows):
             parts = torch.cat([site.rows(delta, rows) for rows in blocks], dim=-2)
             assert norm([parts - whole]) <= 1e-13 * norm([whole])
             assert torch.equal(site.rows(delta), whole) or delta.product is not None
-            assembled = site.assembled(lambda rows, site=site, delta=delta: site.rows(delta, rows), torch.float64)
-            assert assembled.shape == site.dense_shape == site.dense(delta).shape
-            assert norm([site.matrix(assembled) - whole]) <= 1e-13 * norm([whole])
+            for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 3e-7)):
+                added = site.assembled(partial(add_to_zero, site, delta), dtype)
+                assert added.shape == site.dense_shape == site.dense(delta).shape
+                assert norm([site.matrix(added).double() - whole]) <= tolerance * norm([whole])
 
 
 @pytest.mark.parametrize("kind", SUPPORTED.values(), ids=SUPPORTED)
@@ -77,13 +84,55 @@ def test_blocks_change_neither_weights_nor_certificates(name, monkeypatch):
     monkeypatch.setattr(lora_site, "_ROWS", 5)
     in_blocks = run()
     for layer, weight in weights.items():
-        assert norm([weight - in_blocks[0][layer]]) <= 1e-8 * norm([weight])
+        assert norm([weight - in_blocks[0][layer]]) <= 1e-7 * norm([weight])
         for measure in ("change", "fedit", "resolution"):
             expected = getattr(whole.layers[layer], measure)
             assert getattr(in_blocks[2].layers[layer], measure) == pytest.approx(expected, rel=1e-12)
             assert expected > 0
         assert in_blocks[2].layers[layer].aggregation_error < 1e-5
     assert stored.keys() == in_blocks[1].keys()
+
+
+@pytest.mark.parametrize("name", ["linear", "conv1d-gpt2", "embedding", "conv2d", "experts", "attention"])
+def test_the_certificate_knows_what_was_installed_to_the_bit(name, few_rows):
+    """It compares with the weights that clients trained on, formed anew."""
+    federation = Federation(SUPPORTED[name]).round(1).round(2)
+    adapted = federation.adapted
+    for layer, site in adapted.sites.items():
+        for rows in site.blocks():
+            assert torch.equal(adapted.installed(layer, rows), adapted.installed_at(layer, adapted.ledger, rows=rows))
+        assert not torch.equal(adapted.installed(layer), adapted.installed_at(layer, Ledger()))  # the twin
+
+
+@contextmanager
+def fewer_digits(asked):
+    if asked == "newer":
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        yield
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+    else:
+        torch.set_float32_matmul_precision(asked)
+        yield
+        torch.set_float32_matmul_precision("highest")
+
+
+WAYS = ["medium", "high", *(["newer"] if hasattr(torch.backends.mkldnn, "matmul") else [])]  # from torch 2.9 on
+
+
+@pytest.mark.parametrize("ask", WAYS)
+def test_float32_with_fewer_digits_is_not_used(ask, monkeypatch):
+    """Torch multiplies float32 in bfloat16 on some processors if it is asked to: then weights are added in float64."""
+    site = next(iter(SUPPORTED["linear"].federated().sites.values()))
+    delta, calls = random_delta(site, 3), []
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *args, **kwargs: calls.append(args))
+    site.add_to(torch.zeros(site.B.shape[0], site.A.shape[1]), delta)
+    assert calls
+    calls.clear()
+    into = torch.zeros(site.B.shape[0], site.A.shape[1])
+    with fewer_digits(ask):
+        site.add_to(into, delta)
+    assert not calls
+    assert norm([into.double() - site.rows(delta)]) <= 1e-7 * norm([site.rows(delta)])
 
 
 # ---- Memory ----
@@ -128,5 +177,5 @@ def test_a_dense_ledger_grows_in_blocks(wide):
     residual = random_delta(site, 8)
     ledger = Ledger(matrices={site.name: torch.zeros(1024, 1024)})
     matrix = 4 * site.base_weight.numel()
-    assert matrix < peak_of(lambda: ledger.plus({site.name: residual}, wide.sites)) < 3 * matrix
+    assert matrix <= peak_of(lambda: ledger.plus({site.name: residual}, wide.sites)) < 3 * matrix
     assert peak_of(lambda: site.dense(residual)) > 3 * matrix  # the twin

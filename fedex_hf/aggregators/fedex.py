@@ -235,12 +235,10 @@ def _contrasts(
     block = min(largest, max(largest // 16, numbers // 2))
     size = max(block * mean.shape[dim] // numbers, 1)
     given = (weights.tolist(), weights.sqrt().view(-1, *[1] * mean.ndim).to(mean.device))
-    if size >= mean.shape[dim]:
-        _contrast_block(tensors, *given, mean, contrasts)
-        return
     blocks = [each.split(size, dim) for each in (mean, contrasts, *tensors)]
+    doubled = torch.empty(len(tensors), *blocks[0][0].shape, dtype=torch.float64, device=mean.device)
     for to_mean, to_contrasts, *pieces in zip(*blocks, strict=True):
-        _contrast_block(pieces, *given, to_mean, to_contrasts)
+        _contrast_block(pieces, *given, to_mean, to_contrasts, doubled.narrow(dim, 0, to_mean.shape[dim]))
 
 
 def _contrast_block(
@@ -249,21 +247,24 @@ def _contrast_block(
     roots: torch.Tensor,
     mean: torch.Tensor,
     contrasts: torch.Tensor,
+    doubled: torch.Tensor,
 ) -> None:
-    """`_contrasts` of one block; `roots` are those of the weights, of shape `(k, 1, ...)`, float64."""
+    """`_contrasts` of one block.
+
+    Args:
+        tensors, weights, mean, contrasts: As there.
+        roots: Those of the weights, of shape `(k, 1, ...)`, float64.
+        doubled: Memory for all tensors in float64.
+    """
     first = math.sqrt(weights[0])
     if mean.device.type != "cpu":  # there each call costs as much as the arithmetic: few of them, for all clients
-        doubled = torch.stack(list(tensors)).double()
+        doubled.copy_(torch.stack(list(tensors)))
         total = torch.tensordot(roots.flatten().square(), doubled, dims=1)
         mean.copy_(total)
         contrasts.copy_(doubled.sub_(total.add_(doubled[0], alpha=first).div_(1.0 + first)).mul_(roots)[1:])
         return
-    doubled = torch.empty(len(tensors), *mean.shape, dtype=torch.float64)
-    clients = doubled.unbind()
-    total = torch.zeros_like(clients[0])
-    for client, tensor, weight in zip(clients, tensors, weights, strict=True):
+    total = torch.zeros_like(doubled[0])
+    for client, tensor, weight in zip(doubled, tensors, weights, strict=True):
         total.add_(client.copy_(tensor), alpha=weight)
     mean.copy_(total)
-    doubled.sub_(total.add_(clients[0], alpha=first).div_(1.0 + first)).mul_(roots)
-    for client, to in zip(clients[1:], contrasts.unbind(), strict=True):
-        to.copy_(client)
+    contrasts.copy_(doubled.sub_(total.add_(doubled[0], alpha=first).div_(1.0 + first)).mul_(roots)[1:])
