@@ -211,13 +211,15 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *rows])
 
 
-def publish(report: str, output: str | None, script: str) -> None:
+def publish(report: str, output: str | None, script: str, answer: str) -> None:
     """Print a report, and write it.
 
     Args:
         report: Markdown.
         output: A file, a folder to write `<script>.md` into, or `None`.
         script: The benchmark's path.
+        answer: What was found, in a line of Markdown. Where an overview lies beside the page's folder, as
+            `docs/benchmarks.md` does, its table's row that links to the page ends with it.
     """
     report += f"\nCommand: `python benchmarks/{Path(script).name} {shlex.join(sys.argv[1:])}`".rstrip(" `") + "`\n"
     print(report)
@@ -226,6 +228,16 @@ def publish(report: str, output: str | None, script: str) -> None:
         path = path if path.suffix == ".md" else path / f"{Path(script).stem}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(report, encoding="utf-8")
+        overview = path.absolute().parent.with_suffix(".md")
+        if overview.is_file():
+            lines = overview.read_text(encoding="utf-8").splitlines(keepends=True)
+            overview.write_text("".join(_answered(line, path.name, answer) for line in lines), encoding="utf-8")
+
+
+def _answered(line: str, page: str, answer: str) -> str:
+    if not line.startswith("|") or f"/{page})" not in line:
+        return line
+    return f"{line.rstrip().rstrip('|').rpartition('|')[0]}| {answer} |\n"
 
 
 def _processor() -> str:

@@ -31,7 +31,7 @@ from statistics import median
 
 import torch
 from _common import publish, run_in_child, start
-from aggregation_report import LedgerResult, Machine, Result, report, summary_rows
+from aggregation_report import LedgerResult, Machine, Result, answer, report, summary_rows
 from aggregation_sides import (
     MODELS,
     Layer,
@@ -210,7 +210,7 @@ def main() -> None:
         flags = {f"--{each.name}": getattr(args, each.name) for each in fields(args) if each.name != "output"}
         reused = run_in_child(__file__, flags | {"--child": True}, KEEP, "The run with memory reused")
     ledgers = {case: measure_ledger(*case, args.rounds) for case in tqdm(LEDGERS, unit="ledger")}
-    publish(report(results, reused, ledgers, machine, args), args.output, __file__)
+    publish(report(results, reused, ledgers, machine, args), args.output, __file__, answer(results))
 
 
 if __name__ == "__main__":

@@ -65,6 +65,11 @@ class Result:
         return self.times["dense"] / self.times["server"]
 
     @property
+    def floor_share(self) -> float:
+        """How much of the time the machine needs at least."""
+        return sum(self.floors.values()) / self.seconds
+
+    @property
     def at_the_floor(self) -> float:
         """The ratio that an implementation would have that takes no longer than the machine needs."""
         return self.times["dense"] / sum(self.floors.values())
@@ -158,6 +163,8 @@ def report(
         f"In this run a copy moves {machine.copy / 1e9:.1f} GB/s, and matrix products make "
         f"{machine.products[torch.float32] / 1e9:.0f} (float32) and {machine.products[torch.float64] / 1e9:.0f} "
         "(float64) billion operations per second.",
+        "## What was aimed at",
+        _aims(results),
         "## Over all layers",
         markdown_table(_SUMMARY_HEAD, summary_rows(results, args.clients)),
         *([] if reused is None else [_REUSED, markdown_table(_SUMMARY_HEAD, reused)]),
@@ -177,6 +184,48 @@ def report(
         ),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def answer(results: Results) -> str:
+    """What was found, in a line."""
+    few = min(key[3] for key in results)
+    found = [each for key, each in results.items() if key[3] == few]
+    ratio, alone = median(each.ratio for each in found), median(each.server_only for each in found)
+    least, dense = (min(each) for each in zip(*((r.ratio, r.errors["dense"]) for r in results.values()), strict=True))
+    return (
+        f"for {few} clients {ratio:.1f} times as fast in the median, with the change of the weights, and {alone:.0f} "
+        f"times without; at least {least:.2f} times for any number; error at most {_error(results):.0e} instead of at "
+        f"least {dense:.0e}"
+    )
+
+
+def _error(results: Results) -> float:
+    return max(max(each.errors["server"], each.errors["install"]) for each in results.values())
+
+
+def _aims(results: Results) -> str:
+    few = min(key[3] for key in results)
+    ratio = median(each.ratio for key, each in results.items() if key[3] == few)
+    possible = median(each.at_the_floor for key, each in results.items() if key[3] == few)
+    least, memory = min(each.ratio for each in results.values()), max(each.memory for each in results.values())
+    shares = [each.floor_share for each in results.values()]
+    good = sum(each >= 0.6 for each in shares)
+    rows = [
+        [
+            f"at least 10 times as fast as the dense formula, {few} clients, median",
+            f"{ratio:.1f}; at the floor it would be {possible:.1f}",
+            ratio >= 10,
+        ],
+        ["never slower than 0.9 of it", f"least {least:.2f}", least >= 0.9],
+        ["temporary memory at most twice the factors", f"most {memory:.2f}", memory <= 2],
+        [
+            "at least 60 % of the floor",
+            f"in {good} of {len(shares)} cases; {min(shares):.0%} to {max(shares):.0%}, median {median(shares):.0%}",
+            good == len(shares),
+        ],
+    ]
+    cells = [[aim, found, "yes" if holds else "NO"] for aim, found, holds in rows]
+    return markdown_table(("aim", "found", "holds"), cells)
 
 
 _REUSED = """\
@@ -270,7 +319,7 @@ def _details(results: Results) -> str:
                 *(f"{each.errors[side]:.0e}" for side in ("dense", "server", "install")),
                 f"{each.memory:.2f}",
                 *(f"{each.floors[side] / each.times[side]:.0%}" for side in ("server", "install")),
-                f"{sum(each.floors.values()) / each.seconds:.0%}",
+                f"{each.floor_share:.0%}",
             ]
         )
     return markdown_table(_HEAD, rows)

@@ -27,7 +27,9 @@ from fedex_hf.updates import LowRankDelta
 
 PREFIX = "base_model.model."  # of a module's name in a `PeftModel`
 ALL = slice(None)
-_BLOCK, _ROWS = 2**18, 64  # numbers of a block, 2 MB in float64, and rows that it has at least
+# Numbers of a block, 0.5 MB in float64: what is freed of larger ones goes back to the system, and comes back page by
+# page. It has a multiple of so many rows: then MKL gives products the same bits, however the rows are cut.
+_BLOCK, _ROWS = 2**16, 16
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,10 @@ class LoraSite:
             return delta.product[..., rows, :].double().mul_(delta.scaling * self.layout.times)
         return self.matrix(self.dense(delta if rows == ALL else delta.rows(rows)))
 
-    def blocks(self) -> Iterator[slice]:
-        """The rows of an update that are formed at a time."""
+    def blocks(self, times: int = 1) -> Iterator[slice]:
+        """The rows of an update that are formed at a time, or so many times as many."""
         out_features, (*experts, _, in_features) = self.B.shape[-2], self.A.shape
-        size = max(_BLOCK // (math.prod(experts) * in_features), _ROWS)
+        size = max(times * _BLOCK // (math.prod(experts) * in_features), _ROWS) // _ROWS * _ROWS
         return (slice(start, start + size) for start in range(0, out_features, size))
 
     def assembled(
@@ -169,7 +171,7 @@ class LoraSite:
         """
         out = torch.empty(self.dense_shape, dtype=dtype) if out is None else out
         matrix = self.matrix(out)
-        for rows in self.blocks():
+        for rows in self.blocks(4):  # with hardly any memory beside `out`
             fill(rows, matrix[..., rows, :])
         return out
 
