@@ -240,6 +240,21 @@ def report(
     return "\n\n".join(sections) + "\n"
 
 
+def answer(found: dict[int, Figures]) -> str:
+    """What was found, in a line."""
+    told = []
+    for adapters, runs in found.items():
+        peaks, times = (
+            [median(each[key] for each in runs[what][way]) for way in WAYS]
+            for what, key in (("memory", "peak"), ("time", "processor"))
+        )
+        told.append(
+            f"{adapters} adapters layer by layer: {peaks[1] / peaks[0]:.2f} of the peak memory and "
+            f"{times[1] / times[0]:.2f} of the processor time of all at once"
+        )
+    return "; ".join(told)
+
+
 def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.1f}" for value in values)
 
@@ -255,7 +270,7 @@ def main() -> None:
         folder = Path(name)
         sizes = build(args, folder)
         found = {adapters: compare(args, adapters, folder) for adapters in args.adapters}
-    publish(report(found, sizes, args), args.output, __file__)
+    publish(report(found, sizes, args), args.output, __file__, answer(found))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ that the garbage collector knows, the log's among them. One step per fit."""
 
 def main() -> None:
     args = start(BenchmarkArguments, __doc__)
-    machine, sections = describe_machine(), []
+    machine, sections, answers = describe_machine(), [], []
     for name, settings in CASES.items():
         rows = run(args, settings)
         cells = [
@@ -121,11 +121,14 @@ def main() -> None:
             f"Per fit, from {fits} to {later}: {growth[0]:.2f} objects, {growth[1]:.2f} tensors, {growth[2]:,.0f} "
             f"bytes traced, of which the log is {growth[3]:,.0f} as JSON; {growth[4]:,.0f} bytes resident."
         )
+        answers.append(
+            f"{growth[0]:.2f} objects, {growth[1]:.2f} tensors and {growth[2]:,.0f} bytes a fit, log included"
+        )
         print(name, told, flush=True)
         sections += [f"## {name}", markdown_table(HEAD, cells), told]
     title = f"# Memory over {args.fits} fits"
     report = "\n\n".join([title, f"- {describe_model(args.model)}", machine, NOTES, *sections]) + "\n"
-    publish(report, args.output, __file__)
+    publish(report, args.output, __file__, answers[0])
 
 
 if __name__ == "__main__":

@@ -289,6 +289,14 @@ is exact. *Resident* is the peak of the whole process while `train()` runs, with
 Python objects around the tensors."""
 
 
+def answer(comparisons: Sequence[Comparison]) -> str:
+    """What was found, in a line."""
+    rows = [(each.rounds, *each.row("allocated")[2:]) for each in comparisons]
+    few, many = comparisons[0].clients
+    told = [f"{low} and {high} MB after {rounds} rounds, {allowed} allowed" for rounds, low, allowed, high, _ in rows]
+    return f"what torch allocates with {few} and {many} clients: {'; '.join(told)}"
+
+
 def report(comparisons: Sequence[Comparison], args: BenchmarkArguments) -> str:
     """The whole page, in Markdown."""
     few, many = args.clients
@@ -341,7 +349,8 @@ def main() -> None:
         return
     if len(args.clients) != 2 or args.clients[0] >= args.clients[1]:
         raise SystemExit(f"`--clients {args.clients}`: give two numbers, the smaller one first.")
-    publish(report([compare(args, rounds) for rounds in args.rounds], args), args.output, __file__)
+    found = [compare(args, rounds) for rounds in args.rounds]
+    publish(report(found, args), args.output, __file__, answer(found))
 
 
 if __name__ == "__main__":

@@ -374,6 +374,12 @@ _CLOCKS = {
 }
 
 
+def answer(measurements: dict[str, Measurement]) -> str:
+    """What was found, in a line."""
+    found = {name: extra(measurement, lambda clock: clock.seconds) for name, measurement in measurements.items()}
+    return "; ".join(f"`{name}` {share:+.1%}, {per_fit:+.1f} ms per fit" for name, (share, per_fit) in found.items())
+
+
 def report(measurements: dict[str, Measurement], args: BenchmarkArguments, machine: str) -> str:
     """The whole page, in Markdown."""
     models = "\n".join(
@@ -417,7 +423,7 @@ def main() -> None:
         warm_up(CASES[name])
         measurements[name] = measure(CASES[name], args.repeats, args.separate_trainers)
         print(f"{name}: done", flush=True)
-    publish(report(measurements, args, machine), args.output, __file__)
+    publish(report(measurements, args, machine), args.output, __file__, answer(measurements))
 
 
 if __name__ == "__main__":

@@ -184,6 +184,15 @@ def verdict(cases: list[Case]) -> str:
     return "\n".join(lines)
 
 
+def answer(cases: list[Case]) -> str:
+    """What was found, in a line."""
+    ratios: dict[int, list[float]] = {}
+    for case in cases:
+        ratios.setdefault(case.batch, []).append(median(case.ratios))
+    found = [f"{min(each):.1f} to {max(each):.1f} times for batches of {batch}" for batch, each in ratios.items()]
+    return f"as fast as one after another: {', '.join(found)}"
+
+
 def report(cases: list[Case], args: BenchmarkArguments, machine: str) -> str:
     """The whole page."""
     clock = " They are processor time of all threads." if args.processor_time else ""
@@ -220,7 +229,7 @@ def main() -> None:
                 for case in measured:
                     print(case.model, case.batch, case.clients, [f"{each:.2f}" for each in case.ratios], flush=True)
                 cases += measured
-    publish(report(cases, args, machine), args.output, __file__)
+    publish(report(cases, args, machine), args.output, __file__, answer(cases))
 
 
 if __name__ == "__main__":

@@ -241,6 +241,14 @@ def report(rows: Sequence[Row], args: BenchmarkArguments, plot: str | None) -> s
     return "\n\n".join(sections) + "\n"
 
 
+def answer(rows: Sequence[Row]) -> str:
+    """What was found, in a line."""
+    each = [1e3 * row.figures["round"] / row.sampled for row in rows if row.states == STATES[-1]]
+    held = {row.states: row.figures["held"] / MB for row in rows if row.clients == max(row.clients for row in rows)}
+    sizes = ", ".join(f"{size:.1f} MB with states in {states}" for states, size in held.items())
+    return f"{min(each):.1f} to {max(each):.1f} ms per sampled client, however many there are; {sizes}"
+
+
 LEFT = """\
 What still grows with all clients: saving hard-links each kept state, lists it with its size, and writes every client's
 number of examples into `state.json`; sampling draws a permutation of the clients; the start of a run counts the steps
@@ -289,7 +297,7 @@ def main() -> None:
         page.parent.mkdir(parents=True, exist_ok=True)
         draw(rows, args, page.with_suffix(".svg"))
         plot = page.with_suffix(".svg").name
-    publish(report(rows, args, plot), args.output, __file__)
+    publish(report(rows, args, plot), args.output, __file__, answer(rows))
 
 
 if __name__ == "__main__":

@@ -197,6 +197,16 @@ _HEAD = ("LoRA on", "rounds", "ledger, MB", "step, ms", "ratio", "forward, ms", 
 _MEMORY = ("LoRA on", "rounds", "base: originals, MB", "adapter: carrier, MB", "peak of a step, MB", "ratio")
 
 
+def answer(found: dict[str, dict[int, dict[str, Cost]]]) -> str:
+    """What was found, in a line."""
+    ratios = [
+        [float(_pair(*(costs[storage].step for storage in STORAGES))[1]) for costs in of_rounds.values()]
+        for of_rounds in found.values()
+    ]
+    told = [f"{min(each):.2f} to {max(each):.2f} times with LoRA on {name}" for name, each in zip(found, ratios)]
+    return f"a step takes {', '.join(told)}"
+
+
 def report(found: dict[str, dict[int, dict[str, Cost]]], args: BenchmarkArguments) -> str:
     """The whole page, in Markdown."""
     times, memory = [], []
@@ -245,7 +255,7 @@ def main() -> None:
     progress = tqdm(total=len(TARGETS) * len(args.rounds), unit="measurement")
     found = {name: measure(targets, args, progress) for name, targets in TARGETS.items()}
     progress.close()
-    publish(report(found, args), args.output, __file__)
+    publish(report(found, args), args.output, __file__, answer(found))
 
 
 if __name__ == "__main__":

@@ -184,6 +184,15 @@ def sent(model: str, targets: list[str] | str) -> Sent:
     return Sent(traffic.model // 4, A, B, traffic.head // 4)
 
 
+def answer(found: dict[str, Traffic], clients: list[int]) -> str:
+    """What was found, in a line."""
+    told = []
+    for name, traffic in found.items():
+        exact, dense = (count(method, traffic, clients[0])[1] / MB for method in (EXACT, DENSE))
+        told.append(f"{name}: {exact:,.1f} MB ({dense:,.1f} with a dense residual)")
+    return f"down to each of {clients[0]} clients: {'; '.join(told)}"
+
+
 def main() -> None:
     args = start(BenchmarkArguments, __doc__)
     clients = sorted(set(args.clients))
@@ -198,7 +207,7 @@ def main() -> None:
         ranks_table(found, clients),
         compare_with_paper(sent),
     ]
-    publish("\n\n".join(sections) + "\n", args.output, __file__)
+    publish("\n\n".join(sections) + "\n", args.output, __file__, answer(found, clients))
 
 
 if __name__ == "__main__":

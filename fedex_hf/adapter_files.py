@@ -18,9 +18,9 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 
 from fedex_hf.adapter_sources import AdapterNotFoundError
-from fedex_hf.base_model import check_peft_type
 from fedex_hf.layouts import UnsupportedModelError
 from fedex_hf.lora_site import PREFIX
+from fedex_hf.model_checks import check_peft_type
 from fedex_hf.tensor_files import CONFIG, FLOATS, WEIGHTS, AdapterFormatError, TensorFile, read_json
 from fedex_hf.updates import LowRankDelta
 

@@ -17,12 +17,13 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from fedex_hf.aggregators.assignments import widened
-from fedex_hf.base_model import AdaptedModel, trained_adapter
+from fedex_hf.base_model import AdaptedModel
 from fedex_hf.carrier import CARRIER, content, trainability_kept
 from fedex_hf.layouts import UnsupportedModelError
 from fedex_hf.ledger import Ledger
 from fedex_hf.lora_site import LoraSite, sites_of
 from fedex_hf.low_rank import at_scaling, compress, concatenate, doubled, energy
+from fedex_hf.model_checks import trained_adapter
 from fedex_hf.plain_lora import config_of, plain_loras
 from fedex_hf.updates import LowRankDelta
 

@@ -25,7 +25,7 @@ from peft.utils.save_and_load import get_base_model_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from fedex_hf.base_model import AdaptedModel, places_of
+from fedex_hf.base_model import AdaptedModel
 from fedex_hf.base_reference import BY_HAND, BaseReference
 from fedex_hf.casting import (
     DTYPES,
@@ -39,6 +39,7 @@ from fedex_hf.casting import (
 from fedex_hf.layouts import AttentionLayout
 from fedex_hf.ledger import Ledger
 from fedex_hf.lora_site import LoraSite
+from fedex_hf.model_checks import places_of
 from fedex_hf.plain_lora import config_of, plain_loras
 from fedex_hf.updates import LowRankDelta
 

@@ -2,7 +2,7 @@
 
 Notation of the FedEx-LoRA paper (arXiv 2410.09432, section 2): client i holds `A_i` of shape `(r, in_features)` and
 `B_i` of shape `(out_features, r)`; its weight update is `scaling * B_i @ A_i` of shape `(out_features, in_features)`.
-How that product lies in a layer's own weight (a `Conv1D` keeps the transpose) is PEFT's business: see `base_model.py`.
+How that product lies in a layer's own weight (a `Conv1D` keeps the transpose) is PEFT's business: see `lora_site.py`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from fedex_hf.aggregators import Aggregator, get_aggregator
-from fedex_hf.base_model import AdaptedModel, check_peft_type
+from fedex_hf.base_model import AdaptedModel
+from fedex_hf.model_checks import check_peft_type
 from fedex_hf.partition import partition_dataset
 from fedex_hf.training_args import FederatedTrainingArguments
 

@@ -5,6 +5,7 @@ they are what the model computes with is shown by its output.
 """
 
 import copy
+import re
 from pathlib import Path
 
 import bitsandbytes
@@ -407,12 +408,20 @@ def test_measured_error_after_many_rounds(name):
         assert low < errors.lost < high
 
 
-def test_exactness_writes_a_page(tmp_path, monkeypatch, capsys):
+def test_exactness_writes_a_page_and_the_answer_of_the_overview(tmp_path, monkeypatch, capsys):
+    folder, overview = tmp_path / "benchmarks", tmp_path / "benchmarks.md"
+    rows = [f"| {name}? | [{name}](benchmarks/{name}.md) | as it was |\n" for name in ("storage", "exactness")]
+    overview.write_text("".join(["# Overview of benchmarks/exactness.md\n", *rows, "The end\n"]))
     monkeypatch.setattr(
-        "sys.argv", ["exactness.py", "--rounds", "2", "1", "--kinds", "conv2d", "tied-head", "--output", str(tmp_path)]
+        "sys.argv", ["exactness.py", "--rounds", "2", "1", "--kinds", "conv2d", "tied-head", "--output", str(folder)]
     )
     exactness.main()
-    page = (tmp_path / "exactness.md").read_text()
+    page = (folder / "exactness.md").read_text()
+    lines = overview.read_text().splitlines()
+    worst = re.search("the largest is (.+)\\.\n", page).group(1)
+    answer = f"relative error of at most {worst} on 2 kinds, up to 2 rounds"
+    assert lines[2] == f"| exactness? | [exactness](benchmarks/exactness.md) | {answer} |"
+    assert [*lines[:2], lines[3]] == ["# Overview of benchmarks/exactness.md", rows[0].strip(), "The end"]
     assert "It holds: the largest is" in page
     assert "| auto, 1 round | in place, 1 round | auto, 2 rounds | in place, 2 rounds |" in page
     for name in ("conv2d", "tied-head"):
