@@ -188,7 +188,8 @@ class AdaptedModel:
         original, site = self.original(name), self.sites[name]
         if self.storage == "adapter" or (offset is None and name not in ledger.layers()):
             return original
-        return site.assembled(partial(self._fill, name, ledger, offset), original.dtype, out)
+        rank = ledger.factors[name].rank if name in ledger.factors else 0
+        return site.assembled(partial(self._fill, name, ledger, offset), original.dtype, out, rank)
 
     def _fill(
         self, name: str, ledger: Ledger, offset: LowRankDelta | None, rows: slice, into: torch.Tensor

@@ -103,12 +103,12 @@ def plus(site: LoraSite, delta: LowRankDelta, matrix: torch.Tensor) -> torch.Ten
     def fill(rows: slice, into: torch.Tensor) -> None:
         site.add_to(into.copy_(dense[..., rows, :]), delta, rows)
 
-    return site.assembled(fill, torch.float32)
+    return site.assembled(fill, torch.float32, rank=delta.rank)
 
 
 def densified(site: LoraSite, delta: LowRankDelta) -> torch.Tensor:
-    """A factored update of a layer in the layout of the base weight, computed in float64 and rounded to float32."""
-    return site.assembled(lambda rows, into: into.copy_(site.rows(delta, rows)), torch.float32)
+    """A factored update of a layer in the layout of the base weight, float32."""
+    return site.assembled(lambda rows, into: site.add_to(into.zero_(), delta, rows), torch.float32, rank=delta.rank)
 
 
 def _float32_at(delta: LowRankDelta, scaling: float) -> LowRankDelta:

@@ -30,6 +30,7 @@ ALL = slice(None)
 # Numbers of a block, 0.5 MB in float64: what is freed of larger ones goes back to the system, and comes back page by
 # page. It has a multiple of so many rows: then MKL gives products the same bits, however the rows are cut.
 _BLOCK, _ROWS = 2**16, 16
+_LARGE_RANK = 32  # from which on float32 products gain more from larger blocks than they lose
 
 
 @dataclass(frozen=True)
@@ -153,14 +154,19 @@ class LoraSite:
             return delta.product[..., rows, :].double().mul_(delta.scaling * self.layout.times)
         return self.matrix(self.dense(delta if rows == ALL else delta.rows(rows)))
 
-    def blocks(self, times: int = 1) -> Iterator[slice]:
-        """The rows of an update that are formed at a time, or so many times as many."""
+    def blocks(self, rank: int = 0) -> Iterator[slice]:
+        """The rows of an update that are formed at a time; with products of a large rank more."""
         out_features, (*experts, _, in_features) = self.B.shape[-2], self.A.shape
-        size = max(times * _BLOCK // (math.prod(experts) * in_features), _ROWS) // _ROWS * _ROWS
+        numbers = _BLOCK if rank < _LARGE_RANK else 4 * _BLOCK
+        size = max(numbers // (math.prod(experts) * in_features), _ROWS) // _ROWS * _ROWS
         return (slice(start, start + size) for start in range(0, out_features, size))
 
     def assembled(
-        self, fill: Callable[[slice, torch.Tensor], object], dtype: torch.dtype, out: torch.Tensor | None = None
+        self,
+        fill: Callable[[slice, torch.Tensor], object],
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
+        rank: int = 0,
     ) -> torch.Tensor:
         """What is written block by block, in the layout of `base_weight`.
 
@@ -168,10 +174,11 @@ class LoraSite:
             fill: Takes rows, and a view of them, shaped as by `rows`, to write into.
             dtype: Of the result.
             out: Contiguous tensor to write into, a new one if `None`.
+            rank: Of what `fill` multiplies.
         """
         out = torch.empty(self.dense_shape, dtype=dtype) if out is None else out
         matrix = self.matrix(out)
-        for rows in self.blocks(4):  # with hardly any memory beside `out`
+        for rows in self.blocks(rank):
             fill(rows, matrix[..., rows, :])
         return out
 

@@ -152,7 +152,7 @@ def _check_assignment(assignment: str, residual_rank: int | None, seed: int) -> 
 
 
 def _alike(layers: Mapping[str, Sequence[LowRankDelta]]) -> Iterator[list[str]]:
-    """Names of layers of one shape, as many together as a block holds."""
+    """Names of layers of one shape, as many together as three quarters of a block hold."""
     groups: dict[tuple, list[str]] = defaultdict(list)
     for name, factors in layers.items():
         groups[tuple((each.A.shape, each.B.shape, each.A.dtype, each.A.device, each.scaling) for each in factors)] += [
@@ -161,7 +161,7 @@ def _alike(layers: Mapping[str, Sequence[LowRankDelta]]) -> Iterator[list[str]]:
     for names in groups.values():
         factors = layers[names[0]]
         numbers = sum(each.A.numel() + each.B.numel() for each in factors)
-        size = max(_BLOCKS[factors[0].A.device.type] // numbers, 1) if factors[0].A.ndim == 2 else 1
+        size = max(_BLOCKS[factors[0].A.device.type] * 3 // 4 // numbers, 1) if factors[0].A.ndim == 2 else 1
         yield from (names[start : start + size] for start in range(0, len(names), size))
 
 
