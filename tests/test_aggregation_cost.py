@@ -391,7 +391,7 @@ def test_the_ledger_decomposes_nothing_where_all_of_it_is_needed():
         assert costs.decompositions == []
         kinds.append("matrix" if ledger.matrices else "factors")
         total = total + residual.to_dense().numpy()
-        assert error(ledger.dense("layer", sites["layer"]).numpy(), total) < 1e-7
+        assert error(ledger.dense("layer", sites["layer"]).numpy(), total) < 3e-7
     assert kinds == ["factors"] * 4 + ["matrix"] * 4  # factors of rank 39 and more are no smaller
 
 
