@@ -70,10 +70,14 @@ def narrowed(delta: LowRankDelta) -> LowRankDelta:
     if delta.rank <= min(m, n):
         return delta
     full = delta.A.dtype == torch.float64 or (delta.A.dtype == torch.float32 and multiplies_in_float32())
-    product = delta.B @ delta.A if full else _product_in_float64(delta)
-    identity = torch.eye(min(m, n), dtype=product.dtype, device=product.device)
-    identity = identity.expand(*delta.A.shape[:-2], -1, -1).contiguous()
-    return LowRankDelta(*((identity, product) if n <= m else (product, identity)), delta.scaling, delta.cut)
+    return beside_identity(delta.B @ delta.A if full else _product_in_float64(delta), delta.scaling, delta.cut)
+
+
+def beside_identity(product: torch.Tensor, scaling: float, cut: float = 0.0) -> LowRankDelta:
+    """A dense update, without its scaling, as two factors of which one is an identity: `LowRankDelta.product`."""
+    *experts, m, n = product.shape
+    identity = torch.eye(min(m, n), dtype=product.dtype, device=product.device).expand(*experts, -1, -1).contiguous()
+    return LowRankDelta(*((identity, product) if n <= m else (product, identity)), scaling, cut)
 
 
 def multiplies_in_float32() -> bool:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from aggregation_sides import dense
+from aggregation_sides import Layer, Ours, aggregate, dense, dense_all, errors_of, fold, name_of
+from aggregation_sides import updates_of as updates_of_benchmark
 from memory import _peak_allocated
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
@@ -140,6 +141,30 @@ def test_many_clients_cost_one_product(clients):
     with Costs() as costs:
         compress(means_and_residual(factors, shares(clients))[1])
     assert costs.decompositions
+
+
+def test_many_clients_where_float32_was_given_fewer_digits():
+    factors = factors_of(80, 4)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        mean, residual = server(factors)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert residual.rank == IN
+    assert error(effective(mean, residual), ideal(factors)) < 6e-8 < error(effective(*server(factors)), ideal(factors))
+
+
+@pytest.mark.parametrize("clients", [65, 66, 300])
+def test_where_a_residual_turns_into_a_product(clients):
+    """65 clients leave as many factors as the smaller side has numbers, 66 more; 300 are several products."""
+    factors = factors_of(clients, 4)
+    mean, residual = server(factors)
+    assert (residual.product is not None) == (clients > 65)
+    assert residual.rank == IN
+    assert error(effective(mean, residual), ideal(factors)) < 4e-7
+    exact = means_and_residual(factors, shares(clients))[0]
+    assert torch.equal(mean.A, exact.A.float())
+    assert torch.equal(mean.B, exact.B.float())
 
 
 def test_many_clients_that_agree_lose_no_digits():
@@ -292,6 +317,23 @@ def test_large_layers_and_experts_are_not_stacked():
     for kind in sizes:
         A = results.adapters[f"{kind} 0"].A
         assert (A.untyped_storage().nbytes() > A.nbytes) == (kind == "small")  # a view of what was made together
+
+
+@pytest.mark.parametrize("clients", [2, 3, 40])
+def test_both_sides_of_the_benchmark_do_the_same_work(clients):
+    layer = Layer("any", 64, 48, 3)
+    updates = updates_of_benchmark(layer, 4, clients, copies=3)
+    update, ours = aggregate(updates), Ours(layer, 4, copies=3)
+    dense_weights, folded = [[torch.zeros(64, 48) for _ in range(3)] for _ in range(2)]
+    dense_all(dense_weights, updates)
+    fold(folded, update)
+    ours.install(ours.ledger(update))
+    for place in range(3):
+        expected = ours.weight(place).double().numpy()
+        assert error(folded[place].double().numpy(), expected) < 1e-6
+        assert 1e-6 < error(dense_weights[place].double().numpy(), expected) < 1e-3
+    found = errors_of(layer, updates, update.residuals[name_of(0)], ours.weight(0))
+    assert max(found["server"], found["install"]) < 5e-7 < found["dense"]
 
 
 # ---- Residuals of large rank ----

@@ -14,7 +14,8 @@ one client's distance from a point between the mean and the first client, `u = s
 
     residual  s sum_{j > 1} w_j (B_j - P)(A_j - Q),  P = (u B_1 + B̄) / (1 + u),  Q = (u A_1 + Ā) / (1 + u)
 
-So no m x n matrix, no product and no decomposition is needed.
+So no m x n matrix, no product and no decomposition is needed, unless (k - 1) r exceeds the layer's smaller side: then
+the product itself is what travels.
 
 The paper's other two assignments (section 5, Table 4) rearrange this result: see `assignments.py`.
 """
@@ -28,14 +29,15 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from fedex_hf.aggregators.assignments import ASSIGNMENTS, keep, reinitialise
-from fedex_hf.aggregators.base import Aggregator, lost_by_rounding, mean_factors
+from fedex_hf.aggregators.base import Aggregator, lost_by_rounding, mean_factors, weighted_mean
 from fedex_hf.aggregators.ranks import WIDE
-from fedex_hf.low_rank import compress, concatenate, narrowed
+from fedex_hf.low_rank import beside_identity, compress, concatenate, multiplies_in_float32, narrowed
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
 
 
 # How many numbers of all clients are float64 at a time, by device: 2 MB stay in a CPU's cache, a GPU wants more.
 _BLOCKS = defaultdict(lambda: 2**24, cpu=2**18)
+_DEPTH = 384  # of the products that `means_and_product` adds up: enough for them to be fast
 
 
 class FedExAggregator(Aggregator):
@@ -112,10 +114,17 @@ class FedExAggregator(Aggregator):
             return mean_factors(factors, client_weights), None
         first = factors[0]
         if first.A.dtype in WIDE:
-            return means_and_residual(factors, client_weights, first.A.dtype)
+            made = means_and_product if self._multiplies_out(factors) else means_and_residual
+            return made(factors, client_weights, first.A.dtype)
         unrounded, residual = means_and_residual(factors, client_weights)
         mean = LowRankDelta(unrounded.A.to(first.A.dtype), unrounded.B.to(first.B.dtype), first.scaling)
         return mean, concatenate([residual, lost_by_rounding(unrounded, mean)])
+
+    def _multiplies_out(self, factors: Sequence[LowRankDelta]) -> bool:
+        """Whether `shorten` would multiply all of the residual out, and float32 is fit for it."""
+        first = factors[0]
+        more = (len(factors) - 1) * first.rank > min(first.out_features, first.in_features)
+        return more and self.residual_rank is None and first.A.ndim == 2 and multiplies_in_float32()
 
     def aggregate_layers(
         self, layers: Mapping[str, Sequence[LowRankDelta]], client_weights: torch.Tensor
@@ -212,6 +221,37 @@ def means_and_residual(
         LowRankDelta(mean_A, mean_B, first.scaling),
         LowRankDelta(A.flatten(-3, -2), B.flatten(-2), first.scaling),
     )
+
+
+def means_and_product(
+    factors: Sequence[LowRankDelta], client_weights: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[LowRankDelta, LowRankDelta]:
+    """What the server makes of one layer whose residual would have more factors than its smaller side.
+
+    The same sum as in `means_and_residual`, a few clients at a time, so that nothing is as large as all clients'
+    factors. Distances are float64, rounded once; products are float32.
+
+    Args:
+        factors: k >= 2 clients' factors, `A` of shape `(r, in_features)`, `B` of shape `(out_features, r)`.
+        client_weights: Tensor of shape `(k,)`, float64, sum 1.
+        dtype: That the means are rounded to.
+
+    Returns:
+        `Ā` and `B̄`, and the residual around them before that rounding: a product beside an identity, float32.
+    """
+    first, (root, *roots) = factors[0], client_weights.sqrt().tolist()
+    mean_A = weighted_mean([delta.A for delta in factors], client_weights)
+    mean_B = weighted_mean([delta.B for delta in factors], client_weights)
+    Q, P = ((mean + root * own.double()) / (1.0 + root) for mean, own in ((mean_A, first.A), (mean_B, first.B)))
+    product = torch.zeros(first.out_features, first.in_features, device=first.A.device)
+    others, together = list(zip(factors[1:], roots, strict=True)), max(_DEPTH // first.rank, 1)
+    for start in range(0, len(others), together):
+        part = others[start : start + together]
+        left = torch.cat([(delta.B - P).mul_(root).float() for delta, root in part], dim=1)
+        right = torch.cat([(delta.A - Q).mul_(root).float() for delta, root in part])
+        product.addmm_(left, right)
+    mean = LowRankDelta(mean_A.to(dtype), mean_B.to(dtype), first.scaling)
+    return mean, beside_identity(product, first.scaling)
 
 
 def _contrasts(
