@@ -143,15 +143,22 @@ def measure(layer: Layer, rank: int, clients: int, machine: Machine, clock: Cloc
             times[side].append(clock(calls[side]) / copies)
     return Result(
         times={side: median(each) for side, each in times.items()},
-        floors=floors_of(layer, updates, residual, machine),
+        floors=floors_of(layer, updates, residual, machine, max),
+        apart=sum(floors_of(layer, updates, residual, machine, sum).values()),
         errors=errors,
         memory=temporary_memory(updates, clock.device),
         residual_rank=residual.rank,
     )
 
 
-def floors_of(layer: Layer, updates: list[ClientUpdate], residual: LowRankDelta, machine: Machine) -> dict[str, float]:
-    """Seconds that moving the bytes or the operations alone would take, whichever is more."""
+def floors_of(
+    layer: Layer,
+    updates: list[ClientUpdate],
+    residual: LowRankDelta,
+    machine: Machine,
+    of: Callable[[tuple[float, float]], float],
+) -> dict[str, float]:
+    """Seconds that the machine needs for each side: `of` moving the bytes and the operations, such as the larger."""
     factors = [update.adapters[name_of(0)] for update in updates]
     stacked = (len(factors) - 1) * factors[0].rank
     numbers = layer.out_features * layer.in_features
@@ -161,8 +168,8 @@ def floors_of(layer: Layer, updates: list[ClientUpdate], residual: LowRankDelta,
     added, operations = (4 * numbers, 0) if multiplied_out else (residual.nbytes, 2 * numbers * residual.rank)
     rate = machine.products[torch.float32]
     return {
-        "server": max(moved / machine.copy, products / rate),
-        "install": max((8 * numbers + added) / machine.copy, operations / rate),
+        "server": of((moved / machine.copy, products / rate)),
+        "install": of(((8 * numbers + added) / machine.copy, operations / rate)),
     }
 
 
