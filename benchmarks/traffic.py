@@ -185,12 +185,10 @@ def sent(model: str, targets: list[str] | str) -> Sent:
 
 
 def answer(found: dict[str, Traffic], clients: list[int]) -> str:
-    """What was found, in a line."""
-    told = []
-    for name, traffic in found.items():
-        exact, dense = (count(method, traffic, clients[0])[1] / MB for method in (EXACT, DENSE))
-        told.append(f"{name}: {exact:,.1f} MB ({dense:,.1f} with a dense residual)")
-    return f"down to each of {clients[0]} clients: {'; '.join(told)}"
+    """What was found for the first model, in a line."""
+    name, traffic = next(iter(found.items()))
+    exact, dense = (count(method, traffic, clients[0])[1] / MB for method in (EXACT, DENSE))
+    return f"{name}: {exact:.1f} MB down to each of {clients[0]} clients; {dense:.1f} with a dense residual"
 
 
 def main() -> None:
