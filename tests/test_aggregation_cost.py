@@ -207,6 +207,22 @@ def test_temporary_memory_is_at_most_twice_the_factors(clients, rank, size):
     assert peaks["whole run"] - nbytes(results) < 2 * nbytes(factors)
 
 
+def test_only_one_residual_is_held_whole_at_a_time():
+    """What `residual_rank` cuts away is not kept until the last layer."""
+    updates = updates_of({f"layer {place}": ((1024, 1024), ()) for place in range(8)}, clients=20)
+    aggregator = FedExAggregator(residual_rank=1)
+    with _peak_allocated() as peaks:
+        results = aggregator.aggregate(updates, [1] * 20)
+    made = nbytes([*results.adapters.values(), *results.residuals.values()])
+    assert peaks["whole run"] - made < sum(nbytes(each.adapters.values()) for each in updates)
+    with _peak_allocated() as peaks:  # the twin
+        held = list(
+            aggregator.aggregate_layers({n: [u.adapters[n] for u in updates] for n in results.adapters}, shares(20))
+        )
+    assert peaks["whole run"] > 0.9 * sum(nbytes(each.adapters.values()) for each in updates)
+    assert len(held) == 8
+
+
 def test_temporary_memory_of_the_dense_formula():
     """The twin."""
     factors = factors_of(3, 4, size=(768, 3072))

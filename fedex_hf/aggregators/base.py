@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -73,17 +73,18 @@ class Aggregator(ABC):
 
     def aggregate_layers(
         self, layers: Mapping[str, Sequence[LowRankDelta]], client_weights: torch.Tensor
-    ) -> Mapping[str, tuple[LowRankDelta, LowRankDelta | None]]:
+    ) -> Iterator[tuple[str, LowRankDelta, LowRankDelta | None]]:
         """Aggregate all layers. Default: one after another; a method may do it in fewer calls of torch.
 
         Args:
             layers: Layer name -> `factors` as `aggregate_layer` takes them.
             client_weights: As there.
 
-        Returns:
-            Layer name -> what `aggregate_layer` returns.
+        Yields:
+            Layer name and what `aggregate_layer` returns, in any order: residuals are shortened as they come.
         """
-        return {name: self.aggregate_layer(factors, client_weights) for name, factors in layers.items()}
+        for name, factors in layers.items():
+            yield name, *self.aggregate_layer(factors, client_weights)
 
     def shorten(self, residual: LowRankDelta) -> LowRankDelta:
         """Decide how much of a layer's residual is sent, once all of it is there. Default: all, as it is.
@@ -138,7 +139,7 @@ class Aggregator(ABC):
         adapters: dict[str, LowRankDelta] = {}
         residuals: dict[str, LowRankDelta] = {}
         layers = {layer: [update.adapters[layer] for update in updates] for layer in updates[0].adapters}
-        for layer, (mean, residual) in self.aggregate_layers(layers, weights).items():
+        for layer, mean, residual in self.aggregate_layers(layers, weights):
             parts = [] if residual is None else [residual]
             if start is not None:
                 mean, lost = _rounded(mean, start.adapters[layer])
@@ -156,6 +157,7 @@ class Aggregator(ABC):
             name: weighted_mean([update.tensors[name] for update in updates], weights).to(tensor.dtype)
             for name, tensor in updates[0].tensors.items()
         }
+        adapters, residuals = ({name: each[name] for name in layers if name in each} for each in (adapters, residuals))
         return self.assign(GlobalUpdate(adapters=adapters, tensors=tensors, residuals=residuals), given, weights)
 
     def _refuse_ranks(self, updates: Sequence[ClientUpdate], start: GlobalUpdate | None) -> None:

@@ -128,17 +128,16 @@ class FedExAggregator(Aggregator):
 
     def aggregate_layers(
         self, layers: Mapping[str, Sequence[LowRankDelta]], client_weights: torch.Tensor
-    ) -> Mapping[str, tuple[LowRankDelta, LowRankDelta | None]]:
+    ) -> Iterator[tuple[str, LowRankDelta, LowRankDelta | None]]:
         """Small layers of one shape together, as if they were the experts of one: the same bits in fewer calls."""
         if type(self).aggregate_layer is not FedExAggregator.aggregate_layer:  # a subclass that may not know experts
-            return super().aggregate_layers(layers, client_weights)
-        results: dict[str, tuple[LowRankDelta, LowRankDelta | None]] = {}
+            yield from super().aggregate_layers(layers, client_weights)
+            return
         for names in _alike(layers):
             together = [_stacked(each) for each in zip(*(layers[name] for name in names), strict=True)]
             mean, residual = self.aggregate_layer(together, client_weights)
             residuals = [None] * len(names) if residual is None else _unstacked(residual, len(names))
-            results |= zip(names, zip(_unstacked(mean, len(names)), residuals, strict=True), strict=True)
-        return {name: results[name] for name in layers}
+            yield from zip(names, _unstacked(mean, len(names)), residuals, strict=True)
 
     def shorten(self, residual: LowRankDelta) -> LowRankDelta:
         return narrowed(residual) if self.residual_rank is None else compress(residual, self.residual_rank)
