@@ -29,7 +29,7 @@ from fedex_hf.aggregate_output import Output, Target
 from fedex_hf.aggregators import Aggregator, get_aggregator
 from fedex_hf.aggregators.base import mean_factors, normalise
 from fedex_hf.checkpoint import atomic_directory
-from fedex_hf.evaluation import NOISE, Exactness, LayerExactness, weighted_sum
+from fedex_hf.evaluation import NOISE, Exactness, LayerExactness, norms_over, weighted_sum
 from fedex_hf.lora_site import LoraSite
 from fedex_hf.saving import FORMATS
 from fedex_hf.skeleton import Skeleton
@@ -228,7 +228,7 @@ def _norms(
             written += part(rows)
         return _norm(ideal), _norm(written.sub_(ideal)), _norm(site.rows(averaged, rows).sub_(ideal))
 
-    return tuple(math.hypot(*each) for each in zip(*map(norms_of, site.blocks()), strict=True))
+    return norms_over(site, norms_of)
 
 
 def _difference(after: torch.Tensor, before: torch.Tensor, rows: slice) -> torch.Tensor:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from fedex_hf.carrier import CARRIER, activate, attach, carried, carry, content, held, is_active
+from fedex_hf.carrier import CARRIER, activate, attach, carried, carried_rows, carry, content, held, is_active
 from fedex_hf.layouts import UnsupportedModelError
 from fedex_hf.ledger import Ledger
 from fedex_hf.lora_site import ALL, sites_of, snapshot
@@ -219,7 +219,8 @@ class AdaptedModel:
         dense = held(self._carriers[name])
         if dense is not None:
             return dense[rows].cpu().double()
-        return site.rows(self._carriers[name].read(), rows)
+        carrier = self._carriers[name]
+        return site.rows(LowRankDelta(carrier.A.detach(), carrier.B.detach(), carrier.scaling), rows).cpu()
 
     def installed_at(
         self, name: str, ledger: Ledger, offset: LowRankDelta | None = None, rows: slice = ALL
@@ -229,10 +230,7 @@ class AdaptedModel:
         if self.storage == "base":
             original = site.matrix(self.original(name))[..., rows, :]
             return self._fill(name, ledger, offset, rows, torch.empty_like(original)).double()
-        delta = carried(ledger, offset, site)
-        if delta is None:
-            return torch.zeros(len(site.B[rows]), site.A.shape[-1], dtype=torch.float64)
-        return site.matrix(delta)[rows].double() if isinstance(delta, torch.Tensor) else site.rows(delta, rows)
+        return carried_rows(ledger, offset, site, rows)
 
     def precision(self, name: str) -> float:
         """Relative precision of what holds a layer's residual, no unit."""

@@ -16,8 +16,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from fedex_hf.layouts import UnsupportedModelError
-from fedex_hf.ledger import Ledger, densified, plus
-from fedex_hf.lora_site import PREFIX, LoraSite
+from fedex_hf.ledger import Ledger, densified, fill_sum
+from fedex_hf.lora_site import ALL, PREFIX, LoraSite
 from fedex_hf.low_rank import concatenate, max_useful_rank
 from fedex_hf.updates import LowRankDelta
 
@@ -177,14 +177,37 @@ def carried(ledger: Ledger, offset: LowRankDelta | None, site: LoraSite) -> LowR
         offset: A client's offset, if it has one.
         site: The layer, seen through any of its adapters.
     """
+    matrix, delta = _parts(ledger, offset, site)
+    if delta is None or _stays_factored(matrix, delta, offset):
+        return matrix if delta is None else delta
+    return densified(site, delta, matrix)
+
+
+def carried_rows(ledger: Ledger, offset: LowRankDelta | None, site: LoraSite, rows: slice = ALL) -> torch.Tensor:
+    """Rows of what `carried` says, as those of a matrix, float64; nothing else of it is formed."""
+    matrix, delta = _parts(ledger, offset, site)
+    if delta is not None and _stays_factored(matrix, delta, offset):
+        return site.rows(delta, rows)
+    whole = site.matrix(torch.empty(site.dense_shape, device="meta"))
+    into = torch.empty_like(whole[rows], device="cpu")  # as it lies in the whole: products then have the same bits
+    if delta is not None:
+        return fill_sum(site, delta, matrix, rows, into).double()
+    return (into.zero_() if matrix is None else site.matrix(matrix)[rows]).double()
+
+
+def _parts(
+    ledger: Ledger, offset: LowRankDelta | None, site: LoraSite
+) -> tuple[torch.Tensor | None, LowRankDelta | None]:
+    """What is dense of ledger and offset, and what is factored."""
     matrix, factors = ledger.matrices.get(site.name), ledger.factors.get(site.name)
     if offset is None:
-        return factors if matrix is None else matrix
+        return matrix, factors
     own = LowRankDelta(offset.A.float(), offset.B.float(), offset.scaling)
-    if matrix is not None:
-        return plus(site, own, matrix)
-    total = own if factors is None else concatenate([factors, own])
-    return total if total.rank < max_useful_rank(total) else densified(site, total)
+    return matrix, own if factors is None else concatenate([factors, own])
+
+
+def _stays_factored(matrix: torch.Tensor | None, delta: LowRankDelta, offset: LowRankDelta | None) -> bool:
+    return matrix is None and (offset is None or delta.rank < max_useful_rank(delta))
 
 
 def held(site: LoraSite) -> torch.Tensor | None:

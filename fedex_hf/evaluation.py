@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from fedex_hf.aggregators.base import mean_factors, normalise
 from fedex_hf.base_model import AdaptedModel
 from fedex_hf.ledger import Ledger
+from fedex_hf.lora_site import LoraSite
 from fedex_hf.low_rank import concatenate
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
 
@@ -125,11 +126,15 @@ def _measure_layer(
         error = _norm((installed - common).add_(site.rows(now, rows)).sub_(ideal))
         return error, _norm(site.rows(averaged, rows).sub_(ideal)), _norm(ideal.sub_(start)), *largest
 
-    norms = zip(*map(norms_of, site.blocks()), strict=True)
-    error, fedit, change, ideal, start, installed = (math.hypot(*each) for each in norms)
+    error, fedit, change, ideal, start, installed = norms_over(site, norms_of)
     resolution = adapted.precision(name) * installed
     noise = max(NOISE * (ideal + start), resolution if offsets else 0.0)
     return LayerExactness(change if change > noise else 0.0, error, fedit, resolution)
+
+
+def norms_over(site: LoraSite, norms_of: Callable[[slice], Sequence[float]]) -> tuple[float, ...]:
+    """Frobenius norms of matrices of a layer's shape, from those of their rows, a few at a time."""
+    return tuple(math.hypot(*each) for each in zip(*map(norms_of, site.blocks()), strict=True))
 
 
 def weighted_sum(factors: Sequence[LowRankDelta], weights: torch.Tensor) -> LowRankDelta:

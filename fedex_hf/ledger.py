@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -70,7 +71,7 @@ class Ledger:
         for name, residual in residuals.items():
             site = sites[name]
             if name in matrices:
-                matrices[name] = plus(site, residual, matrices[name])
+                matrices[name] = densified(site, residual, matrices[name])
                 continue
             before, residual = factors.pop(name, None), _float32_at(residual, site.scaling)
             total = smallest = residual if before is None else concatenate([before, residual])
@@ -96,19 +97,18 @@ class Ledger:
         return sum(delta.nbytes for delta in self.factors.values()) + sum(m.nbytes for m in self.matrices.values())
 
 
-def plus(site: LoraSite, delta: LowRankDelta, matrix: torch.Tensor) -> torch.Tensor:
-    """The sum of a factored and a dense update of a layer, in the layout of the base weight, float32."""
-    dense = site.matrix(matrix)
-
-    def fill(rows: slice, into: torch.Tensor) -> None:
-        site.add_to(into.copy_(dense[..., rows, :]), delta, rows)
-
-    return site.assembled(fill, torch.float32, rank=delta.rank)
+def densified(site: LoraSite, delta: LowRankDelta, onto: torch.Tensor | None = None) -> torch.Tensor:
+    """A factored update of a layer, and a dense one that it is added to, in the layout of the base weight, float32."""
+    return site.assembled(partial(fill_sum, site, delta, onto), torch.float32, rank=delta.rank)
 
 
-def densified(site: LoraSite, delta: LowRankDelta) -> torch.Tensor:
-    """A factored update of a layer in the layout of the base weight, float32."""
-    return site.assembled(lambda rows, into: site.add_to(into.zero_(), delta, rows), torch.float32, rank=delta.rank)
+def fill_sum(
+    site: LoraSite, delta: LowRankDelta, onto: torch.Tensor | None, rows: slice, into: torch.Tensor
+) -> torch.Tensor:
+    """Write rows of `densified` into those of a matrix."""
+    into.zero_() if onto is None else into.copy_(site.matrix(onto)[..., rows, :])
+    site.add_to(into, delta, rows)
+    return into
 
 
 def _float32_at(delta: LowRankDelta, scaling: float) -> LowRankDelta:

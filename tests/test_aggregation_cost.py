@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from aggregation_sides import Layer, Ours, aggregate, dense, dense_all, errors_of, fold, name_of
 from aggregation_sides import updates_of as updates_of_benchmark
@@ -145,11 +146,8 @@ def test_many_clients_cost_one_product(clients):
 
 def test_many_clients_where_float32_was_given_fewer_digits():
     factors = factors_of(80, 4)
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with tiny.fewer_digits():
         mean, residual = server(factors)
-    finally:
-        torch.set_float32_matmul_precision("highest")
     assert residual.rank == IN
     assert error(effective(mean, residual), ideal(factors)) < 6e-8 < error(effective(*server(factors)), ideal(factors))
 
@@ -368,11 +366,8 @@ def test_narrowed_multiplies_out(size, experts):
     exact = SCALING * (delta.B.double().numpy() @ delta.A.double().numpy())
     in_float32 = error(narrow.to_dense().numpy(), exact)
     assert in_float32 < 4e-7
-    torch.set_float32_matmul_precision("medium")  # fewer digits on some processors: not for us
-    try:
+    with tiny.fewer_digits():  # on some processors: not for us
         narrow = narrowed(delta)
-    finally:
-        torch.set_float32_matmul_precision("highest")
     assert error(narrow.to_dense().numpy(), exact) < 4e-8 < in_float32  # half a unit in the last place
 
 

@@ -1,10 +1,10 @@
 """Weights and certificates are formed a few rows at a time: the same numbers as whole matrices, in less memory."""
 
 import math
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
+import tiny
 import torch
 from effective import base_bytes, effective, norm
 from layer_kinds import SUPPORTED
@@ -68,12 +68,8 @@ def test_rounds_in_blocks_are_exact(kind, few_rows):
 def test_blocks_change_neither_weights_nor_certificates(name, monkeypatch):
     def run():
         federation = Federation(SUPPORTED[name])
-        adapted, state, ledger = federation.adapted, federation.adapted.read(), federation.adapted.ledger
-        locals_ = [perturbed(state, seed) for seed in range(3)]
-        updates = [
-            ClientUpdate(f"client-{i}", 1, WEIGHTS[i], each.adapters, each.tensors) for i, each in enumerate(locals_)
-        ]
-        update = FedExAggregator().aggregate(updates, WEIGHTS)
+        adapted, ledger = federation.adapted, federation.adapted.ledger
+        state, updates, update = round_of(adapted)
         adapted.write(update)
         adapted.install(ledger.plus(update.residuals, adapted.sites))
         found = measure_exactness(adapted, state, ledger, updates, WEIGHTS)
@@ -104,16 +100,27 @@ def test_the_certificate_knows_what_was_installed_to_the_bit(name, few_rows):
         assert not torch.equal(adapted.installed(layer), adapted.installed_at(layer, Ledger()))  # the twin
 
 
-@contextmanager
-def fewer_digits(asked):
-    if asked == "newer":
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-        yield
-        torch.backends.mkldnn.matmul.fp32_precision = "none"
-    else:
-        torch.set_float32_matmul_precision(asked)
-        yield
-        torch.set_float32_matmul_precision("highest")
+@pytest.mark.parametrize("rank", [3, 200])
+@pytest.mark.parametrize("held", ["nothing", "factors", "a matrix"])
+@pytest.mark.parametrize("name", ["linear-bfloat16", "conv1d-gpt2", "embedding", "conv2d"])
+def test_rows_of_what_a_carrier_holds_with_an_offset(name, held, rank, few_rows):
+    """A certificate asks for a client's carrier row by row: what was carried, without forming the whole of it."""
+    adapted = SUPPORTED[name].federated(storage="adapter")
+    for layer, site in adapted.sites.items():
+        offset, residual = random_delta(site, rank), random_delta(site, 2, seed=1)
+        ledger = {
+            "nothing": Ledger(),
+            "factors": Ledger().plus({layer: residual}, adapted.sites),
+            "a matrix": Ledger(matrices={layer: site.dense(residual).float()}),
+        }[held]
+        adapted.install(ledger, {layer: offset})
+        whole = site.dense(offset) if held == "nothing" else site.dense(offset) + ledger.dense(layer, site)
+        for rows in site.blocks():
+            found = adapted.installed_at(layer, ledger, offset, rows)
+            assert norm([found - adapted.installed(layer, rows)]) <= 1e-7 * norm([found])
+            assert norm([found - site.matrix(whole)[rows]]) <= 1e-6 * norm([found])
+            assert norm([found - adapted.installed_at(layer, ledger, rows=rows)]) > 0.1 * norm([found])  # the twin
+        adapted.install(ledger)
 
 
 WAYS = ["medium", "high", *(["newer"] if hasattr(torch.backends.mkldnn, "matmul") else [])]  # from torch 2.9 on
@@ -129,7 +136,7 @@ def test_float32_with_fewer_digits_is_not_used(ask, monkeypatch):
     assert calls
     calls.clear()
     into = torch.zeros(site.B.shape[0], site.A.shape[1])
-    with fewer_digits(ask):
+    with tiny.fewer_digits(ask):
         site.add_to(into, delta)
     assert not calls
     assert norm([into.double() - site.rows(delta)]) <= 1e-7 * norm([site.rows(delta)])
@@ -140,7 +147,7 @@ def test_float32_with_fewer_digits_is_not_used(ask, monkeypatch):
 
 @pytest.fixture
 def wide():
-    """A layer of four blocks."""
+    """A layer of many blocks."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1024, 1024, bias=False))
     return AdaptedModel(get_peft_model(model, LoraConfig(r=4, target_modules=["0"])), changes_base=True)
@@ -155,8 +162,10 @@ def peak_of(what):
 def round_of(adapted):
     state = adapted.read()
     locals_ = [perturbed(state, seed) for seed in range(3)]
-    updates = [ClientUpdate(f"client-{i}", 1, 1, each.adapters) for i, each in enumerate(locals_)]
-    return state, updates, FedExAggregator().aggregate(updates, [1, 1, 1])
+    updates = [
+        ClientUpdate(f"client-{i}", 1, WEIGHTS[i], each.adapters, each.tensors) for i, each in enumerate(locals_)
+    ]
+    return state, updates, FedExAggregator().aggregate(updates, WEIGHTS)
 
 
 def test_nothing_as_large_as_a_layer_is_formed_in_float64(wide):
@@ -167,7 +176,7 @@ def test_nothing_as_large_as_a_layer_is_formed_in_float64(wide):
     (site,) = wide.sites.values()
     dense = 8 * site.base_weight.numel()
     assert peak_of(lambda: wide.install(ledger)) < dense
-    assert peak_of(lambda: measure_exactness(wide, state, Ledger(), updates, [1, 1, 1])) < 2 * dense
+    assert peak_of(lambda: measure_exactness(wide, state, Ledger(), updates, WEIGHTS)) < 2 * dense
     # The twin: one matrix alone, scaled.
     assert peak_of(lambda: site.dense(update.residuals[site.name])) > dense
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,22 @@ def tensors_of(held: ClientUpdate | GlobalUpdate | Ledger) -> dict[str, torch.Te
     deltas, others = (held.factors, held.matrices) if is_ledger else (held.adapters, held.tensors)
     factors = {f"{name}.{factor}": getattr(delta, factor) for name, delta in deltas.items() for factor in "AB"}
     return factors | dict(others)
+
+
+@contextmanager
+def fewer_digits(asked: str = "medium") -> Iterator[None]:
+    """Torch asked to multiply float32 with fewer digits: by the old setting, or the "newer" one of torch 2.9."""
+    if asked == "newer":
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    else:
+        torch.set_float32_matmul_precision(asked)
+    try:
+        yield
+    finally:
+        if asked == "newer":
+            torch.backends.mkldnn.matmul.fp32_precision = "none"
+        else:
+            torch.set_float32_matmul_precision("highest")
 
 
 def same_bytes(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
