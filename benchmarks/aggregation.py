@@ -143,22 +143,17 @@ def measure(layer: Layer, rank: int, clients: int, machine: Machine, clock: Cloc
             times[side].append(clock(calls[side]) / copies)
     return Result(
         times={side: median(each) for side, each in times.items()},
-        floors=floors_of(layer, updates, residual, machine, max),
-        apart=sum(floors_of(layer, updates, residual, machine, sum).values()),
+        needs=needs_of(layer, updates, residual, machine),
         errors=errors,
         memory=temporary_memory(updates, clock.device),
         residual_rank=residual.rank,
     )
 
 
-def floors_of(
-    layer: Layer,
-    updates: list[ClientUpdate],
-    residual: LowRankDelta,
-    machine: Machine,
-    of: Callable[[tuple[float, float]], float],
-) -> dict[str, float]:
-    """Seconds that the machine needs for each side: `of` moving the bytes and the operations, such as the larger."""
+def needs_of(
+    layer: Layer, updates: list[ClientUpdate], residual: LowRankDelta, machine: Machine
+) -> dict[str, tuple[float, float]]:
+    """Seconds that the machine needs at least for the bytes and for the operations of each side."""
     factors = [update.adapters[name_of(0)] for update in updates]
     stacked = (len(factors) - 1) * factors[0].rank
     numbers = layer.out_features * layer.in_features
@@ -168,8 +163,8 @@ def floors_of(
     added, operations = (4 * numbers, 0) if multiplied_out else (residual.nbytes, 2 * numbers * residual.rank)
     rate = machine.products[torch.float32]
     return {
-        "server": of((moved / machine.copy, products / rate)),
-        "install": of(((8 * numbers + added) / machine.copy, operations / rate)),
+        "server": (moved / machine.copy, products / rate),
+        "install": ((8 * numbers + added) / machine.copy, operations / rate),
     }
 
 

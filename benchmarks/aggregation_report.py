@@ -31,8 +31,7 @@ class Result:
 
     Args:
         times: Side -> seconds per layer, median: `dense`, `server`, `install`, and on a CPU `ledger`.
-        floors: Seconds that the machine needs at least, of `server` and `install`.
-        apart: Seconds of both where moving bytes and multiplying follow one another instead of overlapping.
+        needs: Seconds that the machine needs at least for the bytes and for the operations, of `server` and `install`.
         errors: Relative Frobenius error of the update to the weight: of `dense`, `install`, and of `server`, which is
             that of the residual as it travels.
         memory: Peak of what the server allocates beyond its results, relative to the clients' factors.
@@ -40,8 +39,7 @@ class Result:
     """
 
     times: Mapping[str, float]
-    floors: Mapping[str, float]
-    apart: float
+    needs: Mapping[str, tuple[float, float]]
     errors: Mapping[str, float]
     memory: float
     residual_rank: int
@@ -67,9 +65,24 @@ class Result:
         return self.times["dense"] / self.times["server"]
 
     @property
+    def floors(self) -> dict[str, float]:
+        """Seconds that the machine needs at least, of `server` and `install`."""
+        return {side: max(needs) for side, needs in self.needs.items()}
+
+    @property
     def floor_share(self) -> float:
         """How much of the time the machine needs at least."""
         return sum(self.floors.values()) / self.seconds
+
+    @property
+    def apart_share(self) -> float:
+        """The same where moving bytes and multiplying follow one another instead of overlapping."""
+        return sum(map(sum, self.needs.values())) / self.seconds
+
+    @property
+    def error(self) -> float:
+        """The larger of the package's two."""
+        return max(self.errors["server"], self.errors["install"])
 
     @property
     def at_the_floor(self) -> float:
@@ -197,13 +210,9 @@ def answer(results: Results) -> str:
     least, dense = (min(each) for each in zip(*((r.ratio, r.errors["dense"]) for r in results.values()), strict=True))
     return (
         f"for {few} clients {ratio:.1f} times as fast in the median, with the change of the weights, and {alone:.0f} "
-        f"times without; at least {least:.2f} times for any number; error at most {_error(results):.0e} instead of at "
-        f"least {dense:.0e}"
+        f"times without; at least {least:.2f} times for any number; error at most "
+        f"{max(each.error for each in results.values()):.0e} instead of at least {dense:.0e}"
     )
-
-
-def _error(results: Results) -> float:
-    return max(max(each.errors["server"], each.errors["install"]) for each in results.values())
 
 
 def _aims(results: Results) -> str:
@@ -212,7 +221,7 @@ def _aims(results: Results) -> str:
     possible = median(each.at_the_floor for key, each in results.items() if key[3] == few)
     least, memory = min(each.ratio for each in results.values()), max(each.memory for each in results.values())
     shares = [each.floor_share for each in results.values()]
-    apart = [each.apart / each.seconds for each in results.values()]
+    apart = [each.apart_share for each in results.values()]
     good, good_apart = (sum(each >= 0.6 for each in found) for found in (shares, apart))
     rows = [
         [
@@ -272,7 +281,7 @@ def summary_rows(results: Results, clients: Sequence[int]) -> list[list[str]]:
                 f"{min(pairs[1]):.2f}",
                 f"{median(alone):.0f}",
                 f"{min(alone):.1f}",
-                f"{max(max(each.errors['server'], each.errors['install']) for each in found):.0e}",
+                f"{max(each.error for each in found):.0e}",
                 f"{min(each.errors['dense'] for each in found):.0e}",
                 f"{max(each.memory for each in found):.2f}",
             ]
