@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import multiprocessing
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -152,6 +155,23 @@ def run_in_child(script: str, flags: Mapping[str, Any], environment: Mapping[str
     if done.returncode != 0:
         raise RuntimeError(f"{what} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def in_own_process(function: Callable[..., T], *args: Any) -> T:
+    """What a function returns in a process forked for it: its allocator has seen nothing but what is imported.
+
+    This one must not have used several of torch's threads before, which do not survive that, nor a GPU. Elsewhere than
+    on Linux, where forking after the imports is not safe, the function runs in this process.
+    """
+    if sys.platform != "linux":
+        return function(*args)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return pool.submit(_undisturbed, function, *args).result()
+
+
+def _undisturbed(function: Callable[..., T], *args: Any) -> T:
+    gc.freeze()  # a collection would write to the pages of all that is imported, and so copy them
+    return function(*args)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

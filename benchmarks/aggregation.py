@@ -15,6 +15,8 @@ Both sides get the factors of k clients and end with new factors and changed wei
 One layer of each distinct shape is measured; sums over a model count it as often as the model has it. Rounds beyond
 the first, in which the ledger grows, are measured in a few cases.
 
+Each side takes its turns in processes of its own, one after the other, whose heap is as a training leaves it.
+
 All of it is measured twice: with glibc as it comes, and in a process whose glibc is told to keep the memory that torch
 gives back (`MALLOC_MMAP_MAX_`, `MALLOC_TRIM_THRESHOLD_`), so that neither side pays for fresh pages. That is to the
 advantage of the dense side, which needs many.
@@ -28,36 +30,41 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from statistics import median
+from typing import Any, TypeVar
 
 import torch
-from _common import publish, run_in_child, start
-from aggregation_report import LedgerResult, Machine, Result, answer, report, summary_rows
+from _common import in_own_process, publish, run_in_child, start
+from aggregation_report import LedgerResult, Machine, Result, Results, answer, report, summary_rows
 from aggregation_sides import (
     MODELS,
-    Layer,
+    Case,
+    Findings,
     Ours,
     aggregate,
     dense_all,
-    errors_of,
-    fold,
-    name_of,
-    temporary_memory,
+    dense_calls,
+    look,
+    our_calls,
+    torch_calls,
     updates_of,
 )
 from tqdm import tqdm
 
-from fedex_hf import ClientUpdate, Ledger, LowRankDelta
+from fedex_hf import Ledger
 
 
-LEDGERS = [  # layer, rank, clients: from two thin factors for many rounds to one matrix from the first
-    (MODELS["roberta-base"][0], 4, 3),
-    (MODELS["roberta-base"][0], 32, 3),
-    (MODELS["roberta-base"][0], 32, 50),
-    (MODELS["llama-3.2-3b"][1], 32, 3),
-    (MODELS["llama-3.2-3b"][1], 32, 10),
+T = TypeVar("T")
+Times = dict[str, list[float]]
+LEDGERS = [  # from two thin factors for many rounds to one matrix from the first
+    Case(MODELS["roberta-base"][0], 4, 3),
+    Case(MODELS["roberta-base"][0], 32, 3),
+    Case(MODELS["roberta-base"][0], 32, 50),
+    Case(MODELS["llama-3.2-3b"][1], 32, 3),
+    Case(MODELS["llama-3.2-3b"][1], 32, 10),
 ]
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-TOGETHER = 2**24  # numbers in the weights of the layers that take part in one turn
+MAPPED = 2**25  # bytes from which on glibc takes fresh pages for every tensor
+PROCESSES = 3  # of each side
 
 
 @dataclass
@@ -70,7 +77,7 @@ class BenchmarkArguments:
     ranks: list[int] = field(default_factory=lambda: [4, 32], metadata={"help": "LoRA ranks."})
     clients: list[int] = field(default_factory=lambda: [3, 10, 50], metadata={"help": "Clients per round."})
     seconds: float = field(
-        default=1.0, metadata={"help": "Time to spend on each case; 3 to 50 turns are taken, medians are reported."}
+        default=1.0, metadata={"help": "Time to spend on each case; 3 to 60 turns are taken, medians are reported."}
     )
     rounds: int = field(default=20, metadata={"help": "Rounds of the ledger."})
     device: str = field(default="cpu", metadata={"help": "Where both sides run.", "choices": ["cpu", "cuda"]})
@@ -117,93 +124,111 @@ def measure_machine(clock: Clock) -> Machine:
     return Machine(2 * source.nbytes / copy, products)
 
 
-def measure(layer: Layer, rank: int, clients: int, machine: Machine, clock: Clock, seconds: float) -> Result:
-    """Both sides, in turns."""
-    copies = min(layer.count, max(TOGETHER // (layer.out_features * layer.in_features), 1))
-    updates = updates_of(layer, rank, clients, copies, clock.device)
-    weights = [torch.zeros(layer.out_features, layer.in_features, device=clock.device) for _ in range(copies)]
-    update = aggregate(updates)
-    residual = update.residuals[name_of(0)]
-    calls = {"dense": lambda: dense_all(weights, updates), "server": lambda: aggregate(updates)}
-    if clock.device == "cuda":
-        installed = [torch.zeros_like(each) for each in weights]
-        fold(installed, update)
-        errors = errors_of(layer, updates, residual, installed[0])
-        calls |= {"install": lambda: fold(installed, update)}
-    else:
-        ours = Ours(layer, rank, copies)
-        ledger = ours.ledger(update)
-        ours.install(ledger)
-        errors = errors_of(layer, updates, residual, ours.weight(0))
-        calls |= {"ledger": lambda: ours.ledger(update), "install": lambda: ours.install(ledger)}
-    once = sum(clock(call) for call in calls.values())  # the first calls also warm up
-    times: dict[str, list[float]] = {side: [] for side in calls}
-    for turn in range(min(max(round(seconds / once), 3), 50)):
-        for side in list(calls)[:: -1 if turn % 2 else 1]:
-            times[side].append(clock(calls[side]) / copies)
-    return Result(
-        times={side: median(each) for side, each in times.items()},
-        needs=needs_of(layer, updates, residual, machine),
-        errors=errors,
-        memory=temporary_memory(updates, clock.device),
-        residual_rank=residual.rank,
-    )
+def use_heap_as_after_training() -> None:
+    """Free a tensor of the size from which on glibc maps each anew.
+
+    Now it takes all smaller ones from its heap, of whose free end it keeps twice as much: what the first steps of a
+    training do. Before that, it maps and unmaps whatever is larger than the largest that was freed so far.
+    """
+    torch.empty(MAPPED - 2**16, dtype=torch.uint8)
 
 
-def needs_of(
-    layer: Layer, updates: list[ClientUpdate], residual: LowRankDelta, machine: Machine
-) -> dict[str, tuple[float, float]]:
+def take_turns(calls_of: Callable[[Case], dict[str, Callable[[], object]]], case: Case, seconds: float) -> Times:
+    """Seconds per layer of each of a side's calls, several times."""
+    use_heap_as_after_training()
+    clock, calls = Clock(case.device), calls_of(case)
+    times: Times = {part: [] for part in calls}
+    if not calls:
+        return times
+    for _ in range(2):  # to warm up
+        once = sum(clock(call) for call in calls.values())
+        if once > seconds:
+            break
+    for _ in range(min(max(round(seconds / PROCESSES / once), 1), 20)):
+        for part, call in calls.items():
+            times[part].append(clock(call) / case.copies)
+    return times
+
+
+def measure(case: Case, machine: Machine, seconds: float) -> Result:
+    """All sides, in turns, each turn in a process of its own."""
+    times: Times = {}
+    for turn in range(PROCESSES):
+        for side in (dense_calls, our_calls, torch_calls)[:: -1 if turn % 2 else 1]:
+            for part, found in apart(take_turns, side, case, seconds).items():
+                times.setdefault(part, []).extend(found)
+    findings = apart(look, case)
+    return Result({part: median(each) for part, each in times.items()}, needs_of(case, findings, machine), findings)
+
+
+def apart(function: Callable[..., T], *args: Any) -> T:
+    """In a process of its own, unless it takes a GPU: its memory is kept by torch, not by glibc."""
+    on_gpu = any(isinstance(each, Case | Clock) and each.device == "cuda" for each in args)
+    return function(*args) if on_gpu else in_own_process(function, *args)
+
+
+def needs_of(case: Case, findings: Findings, machine: Machine) -> dict[str, tuple[float, float]]:
     """Seconds that the machine needs at least for the bytes and for the operations of each side."""
-    factors = [update.adapters[name_of(0)] for update in updates]
-    stacked = (len(factors) - 1) * factors[0].rank
-    numbers = layer.out_features * layer.in_features
-    moved = sum(delta.nbytes for delta in factors) + factors[0].nbytes + residual.nbytes
-    multiplied_out = stacked > residual.rank
-    products = 2 * numbers * stacked if multiplied_out else 0
-    added, operations = (4 * numbers, 0) if multiplied_out else (residual.nbytes, 2 * numbers * residual.rank)
+    m, n = case.layer.out_features, case.layer.in_features
+    stacked, rank = (case.clients - 1) * case.rank, findings.residual_rank
+    multiplied_out = stacked > rank
+    residual = 4 * (m + n) * rank
+    moved = 4 * (m + n) * (case.clients + 1) * case.rank + residual
+    products = 2 * m * n * stacked if multiplied_out else 0
+    added, operations = (4 * m * n, 0) if multiplied_out else (residual, 2 * m * n * rank)
     rate = machine.products[torch.float32]
     return {
         "server": (moved / machine.copy, products / rate),
-        "install": ((8 * numbers + added) / machine.copy, operations / rate),
+        "install": ((8 * m * n + added) / machine.copy, operations / rate),
     }
 
 
-def measure_ledger(layer: Layer, rank: int, clients: int, rounds: int) -> LedgerResult:
-    """Round by round, in turns with the dense formula."""
-    clock, ours = Clock("cpu"), Ours(layer, rank, 1)
-    ledger, W = Ledger(), torch.zeros(layer.out_features, layer.in_features)
-    times: dict[str, list[float]] = {"dense": [], "plus": [], "install": []}
+def measure_ledger(case: Case, rounds: int) -> LedgerResult:
+    """Round by round, beside the dense formula."""
+    plus, install, turned = apart(grow_ledger, case, rounds)
+    return LedgerResult(plus, install, median(apart(dense_rounds, case, rounds)), turned)
+
+
+def grow_ledger(case: Case, rounds: int) -> tuple[list[float], list[float], int]:
+    """Seconds of `Ledger.plus` and of `AdaptedModel.install` round by round, and in which it turned dense."""
+    use_heap_as_after_training()
+    clock, ours, ledger = Clock(case.device), Ours(case.layer, case.rank, 1), Ledger()
+    plus: list[float] = []
+    install: list[float] = []
     turned = 0
     for number in range(1, rounds + 1):
-        updates = updates_of(layer, rank, clients, 1, seed=number)
-        update, after = aggregate(updates), []
-        times["dense"].append(clock(lambda updates=updates: dense_all([W], updates)))
-        times["plus"].append(
-            clock(lambda update=update, ledger=ledger, after=after: after.append(ours.ledger(update, ledger)))
-        )
+        update, after = aggregate(updates_of(case.layer, case.rank, case.clients, 1, seed=number)), []
+        plus.append(clock(lambda update=update, ledger=ledger, after=after: after.append(ours.ledger(update, ledger))))
         ledger = after[0]
-        times["install"].append(clock(lambda ledger=ledger: ours.install(ledger)))
+        install.append(clock(lambda ledger=ledger: ours.install(ledger)))
         turned = turned or (number if ledger.matrices else 0)
-    return LedgerResult(times["plus"], times["install"], median(times["dense"]), turned)
+    return plus, install, turned
 
 
-def measure_all(args: BenchmarkArguments, machine: Machine, clock: Clock) -> dict[tuple[str, Layer, int, int], Result]:
-    """Every case: model, layer, rank, number of clients."""
+def dense_rounds(case: Case, rounds: int) -> list[float]:
+    """Seconds of the dense formula, round by round."""
+    use_heap_as_after_training()
+    clock, W = Clock(case.device), torch.zeros(case.layer.out_features, case.layer.in_features)
+    updates = [updates_of(case.layer, case.rank, case.clients, 1, seed=number) for number in range(1, rounds + 1)]
+    return [clock(lambda each=each: dense_all([W], each)) for each in updates]
+
+
+def measure_all(args: BenchmarkArguments, machine: Machine) -> Results:
+    """Every case of every model."""
     cases = [
-        (model, layer, rank, clients)
+        (model, Case(layer, rank, clients, args.device))
         for model in args.models
         for layer in MODELS[model]
         for rank in args.ranks
         for clients in args.clients
     ]
-    return {case: measure(*case[1:], machine, clock, args.seconds) for case in tqdm(cases, unit="case")}
+    return {(model, case): measure(case, machine, args.seconds) for model, case in tqdm(cases, unit="case")}
 
 
 def main() -> None:
     args = start(BenchmarkArguments, __doc__)
-    clock = Clock(args.device)
-    machine = measure_machine(clock)
-    results = measure_all(args, machine, clock)
+    machine = apart(measure_machine, Clock(args.device))
+    results = measure_all(args, machine)
     if args.child:
         print(json.dumps(summary_rows(results, args.clients)))
         return
@@ -211,7 +236,7 @@ def main() -> None:
     if sys.platform == "linux" and args.device == "cpu":
         flags = {f"--{each.name}": getattr(args, each.name) for each in fields(args) if each.name != "output"}
         reused = run_in_child(__file__, flags | {"--child": True}, KEEP, "The run with memory reused")
-    ledgers = {case: measure_ledger(*case, args.rounds) for case in tqdm(LEDGERS, unit="ledger")}
+    ledgers = {case: measure_ledger(case, args.rounds) for case in tqdm(LEDGERS, unit="ledger")}
     publish(report(results, reused, ledgers, machine, args), args.output, __file__, answer(results))
 
 

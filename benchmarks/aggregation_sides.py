@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,7 @@ MODELS = {
 }
 SCALING = 2.0
 ROWS = 256  # of the update that are compared with float64
+TOGETHER = 2**24  # numbers in the weights of the layers that take part in one turn
 
 
 def updates_of(
@@ -149,6 +150,120 @@ def fold(weights: Sequence[torch.Tensor], update: GlobalUpdate) -> None:
             W.addmm_(residual.B, residual.A, alpha=residual.scaling)
         else:
             W.add_(residual.product, alpha=residual.scaling)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Adapted layers of one shape, and who trains them.
+
+    Args:
+        layer: Their shape.
+        rank: Of the adapters.
+        clients: How many.
+        device: Where both sides run.
+    """
+
+    layer: Layer
+    rank: int
+    clients: int
+    device: str = "cpu"
+
+    @property
+    def cells(self) -> list[str]:
+        """Of a table: shape, rank, clients."""
+        return [f"{self.layer.out_features} x {self.layer.in_features}", str(self.rank), str(self.clients)]
+
+    @property
+    def copies(self) -> int:
+        """How many layers take part in one turn."""
+        return min(self.layer.count, max(TOGETHER // (self.layer.out_features * self.layer.in_features), 1))
+
+    def updates(self) -> list[ClientUpdate]:
+        """The clients'."""
+        return updates_of(self.layer, self.rank, self.clients, self.copies, self.device)
+
+    def weights(self) -> list[torch.Tensor]:
+        """Zeros."""
+        size = (self.layer.out_features, self.layer.in_features)
+        return [torch.zeros(size, device=self.device) for _ in range(self.copies)]
+
+
+def dense_calls(case: Case) -> dict[str, Callable[[], object]]:
+    """What is timed of the dense side."""
+    weights, updates = case.weights(), case.updates()
+    return {"dense": lambda: dense_all(weights, updates)}
+
+
+def our_calls(case: Case) -> dict[str, Callable[[], object]]:
+    """What is timed of the package; `Ledger` and `AdaptedModel` work on the CPU."""
+    updates = case.updates()
+    update = aggregate(updates)
+    server = {"server": lambda: aggregate(updates)}
+    if case.device != "cpu":
+        weights = case.weights()
+        return server | {"install": lambda: fold(weights, update)}
+    ours = Ours(case.layer, case.rank, case.copies)
+    ledger = ours.ledger(update)
+    return server | {"ledger": lambda: ours.ledger(update), "install": lambda: ours.install(ledger)}
+
+
+def torch_calls(case: Case) -> dict[str, Callable[[], object]]:
+    """The two things that installing is made of, each alone: copying weights, and products of the residual's depth.
+
+    Products go into a block that stays in the cache. Nothing where the residual is multiplied out, and on a GPU.
+    """
+    residual = aggregate(case.updates()).residuals[name_of(0)]
+    if residual.product is not None or case.device != "cpu":
+        return {}
+    originals, weights = case.weights(), case.weights()
+    site = Ours(case.layer, case.rank, 1).adapted.sites[name_of(0)]
+    left = [residual.B[rows] for rows in site.blocks(residual.rank)]
+    buffer = torch.empty(len(left[0]), case.layer.in_features)
+
+    def copy() -> None:
+        for original, weight in zip(originals, weights, strict=True):
+            weight.copy_(original)
+
+    def multiply() -> None:
+        for _ in range(case.copies):
+            for rows in left:
+                torch.mm(rows, residual.A, out=buffer[: len(rows)])
+
+    return {"copy": copy, "product": multiply}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is not a time.
+
+    Args:
+        errors: Relative Frobenius error of the update to the weight: of `dense`, `install`, and of `server`, which is
+            that of the residual as it travels.
+        memory: Peak of what the server allocates beside its results, relative to the clients' factors.
+        residual_rank: Of the residual that travels.
+    """
+
+    errors: dict[str, float]
+    memory: float
+    residual_rank: int
+
+
+def look(case: Case) -> Findings:
+    """Errors and memory of a case."""
+    updates = case.updates()
+    update = aggregate(updates)
+    residual = update.residuals[name_of(0)]
+    if case.device == "cpu":
+        ours = Ours(case.layer, case.rank, case.copies)
+        ours.install(ours.ledger(update))
+        installed = ours.weight(0)
+    else:
+        weights = case.weights()
+        fold(weights, update)
+        installed = weights[0]
+    return Findings(
+        errors_of(case.layer, updates, residual, installed), temporary_memory(updates, case.device), residual.rank
+    )
 
 
 def errors_of(

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from aggregation_sides import Layer, Ours, aggregate, dense, dense_all, errors_of, fold, name_of
+from aggregation import measure
+from aggregation_report import Machine
+from aggregation_sides import Case, Layer, Ours, aggregate, dense, dense_all, errors_of, fold, name_of
 from aggregation_sides import updates_of as updates_of_benchmark
 from memory import _peak_allocated
 from peft import LoraConfig, inject_adapter_in_model
@@ -25,6 +27,7 @@ class Costs(TorchDispatchMode):
     """Counts what torch does while the mode is on.
 
     Attributes:
+        calls: Of torch's operators, views included.
         operations: Of all matrix products, multiplications and additions.
         decompositions: Names of the decompositions.
         allocations: Bytes of every tensor with memory of its own that an operator returned.
@@ -32,11 +35,12 @@ class Costs(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operations, self.decompositions, self.allocations = 0, [], []
+        self.calls, self.operations, self.decompositions, self.allocations = 0, 0, [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        self.calls += 1
         if name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"):
             left, right = [each for each in args if isinstance(each, torch.Tensor)][-2:]
             self.operations += 2 * left.numel() * right.shape[-1]
@@ -278,10 +282,13 @@ class OneByOne(FedExAggregator):
         return super().aggregate_layer(factors, client_weights)
 
 
-def updates_of(layers, clients=3, dtype=torch.float32):
+def updates_of(layers, clients=3, dtype=torch.float32, device="cpu"):
     """Layers as name -> (size, experts)."""
     factors = {
-        name: factors_of(clients, 4, experts=experts, seed=seed, dtype=dtype, size=size)
+        name: [
+            LowRankDelta(delta.A.to(device), delta.B.to(device), delta.scaling)
+            for delta in factors_of(clients, 4, experts=experts, seed=seed, dtype=dtype, size=size)
+        ]
         for seed, (name, (size, experts)) in enumerate(layers.items())
     }
     return [
@@ -322,6 +329,21 @@ def test_small_layers_of_one_shape_take_few_calls():
     assert len(one_by_one.allocations) > 8 * len(together.allocations)
 
 
+@pytest.mark.parametrize(("size", "number"), [((768, 768), 24), ((3072, 3072), 56), ((8192, 3072), 56)], ids=str)
+def test_elsewhere_than_on_a_cpu_a_model_takes_few_calls(size, number):
+    """There each call costs more than most layers' arithmetic. The device "meta" takes the same branches as a GPU."""
+    updates = updates_of({f"layer {place}": (size, ()) for place in range(number)}, device="meta")
+    few = [ClientUpdate(each.client_id, 1, 1, {"layer 0": each.adapters["layer 0"]}) for each in updates]
+    with Costs() as model:
+        FedExAggregator().aggregate(updates, [1, 1, 1])
+    with Costs() as layer:
+        FedExAggregator().aggregate(few, [1, 1, 1])
+    assert model.calls < 3 * layer.calls
+    with Costs() as one_by_one:  # the twin
+        OneByOne().aggregate(updates, [1, 1, 1])
+    assert one_by_one.calls > number / 2 * layer.calls
+
+
 def test_large_layers_and_experts_are_not_stacked():
     """Of those a copy would cost more than the calls."""
     sizes = {"large": ((8192, 3072), ()), "experts": ((64, 96), (3,)), "small": ((64, 96), ())}
@@ -348,6 +370,26 @@ def test_both_sides_of_the_benchmark_do_the_same_work(clients):
         assert 1e-6 < error(dense_weights[place].double().numpy(), expected) < 1e-3
     found = errors_of(layer, updates, update.residuals[name_of(0)], ours.weight(0))
     assert max(found["server"], found["install"]) < 5e-7 < found["dense"]
+
+
+@pytest.mark.parametrize(("clients", "multiplied_out"), [(3, False), (40, True)])
+def test_the_benchmark_times_what_it_says(clients, multiplied_out):
+    case = Case(Layer("any", 64, 48, 3), 4, clients)
+    machine = Machine(1e9, {torch.float32: 1e9})
+    found = measure(case, machine, seconds=0.0)
+    assert found.times.keys() - {"copy", "product"} == {"dense", "server", "install", "ledger"}
+    assert ("copy" in found.times) == ("product" in found.times) == (not multiplied_out)
+    assert min(found.times.values()) > 0
+    assert max(found.findings.errors["server"], found.findings.errors["install"]) < 5e-7
+    rank = 48 if multiplied_out else 4 * (clients - 1)
+    assert found.findings.residual_rank == rank
+    moved = 4 * (64 + 48) * (4 * (clients + 1) + rank)  # factors in, means and residual out
+    multiplied = 2 * 64 * 48 * 4 * (clients - 1)
+    if multiplied_out:
+        assert found.needs == {"server": (moved / 1e9, multiplied / 1e9), "install": (12 * 64 * 48 / 1e9, 0)}
+    else:
+        read = 4 * (64 + 48) * rank + 8 * 64 * 48
+        assert found.needs == {"server": (moved / 1e9, 0), "install": (read / 1e9, multiplied / 1e9)}
 
 
 # ---- Residuals of large rank ----
