@@ -17,6 +17,7 @@ REQUIRED = [
     "datasets>=4.7.0",
     "huggingface_hub>=1.31.0",
     "evaluate>=0.4.3",
+    "lazy_loader>=0.4",
     "safetensors>=0.8.0",
     "numpy>=1.26",
     "packaging>=23.0",
@@ -54,7 +55,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["fedex_hf", "fedex_hf.*"]),
-    package_data={"fedex_hf": ["py.typed"]},
+    package_data={"fedex_hf": ["py.typed", "*.pyi"]},
     install_requires=REQUIRED,
     entry_points={"console_scripts": ["fedex-hf=fedex_hf.cli:main"]},
     extras_require={

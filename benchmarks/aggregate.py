@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from fedex_hf import AdaptedModel, ClientUpdate, FedExAggregator
-from fedex_hf.aggregate_adapters import aggregate_adapters
+from fedex_hf.adapter_aggregation import aggregate_adapters
 from fedex_hf.updates import LowRankDelta
 
 

@@ -76,7 +76,7 @@ def add_aggregate(subparsers: Any) -> None:
 
 def run_aggregate(args: argparse.Namespace) -> int:
     """Do `fedex-hf aggregate`."""
-    from fedex_hf.aggregate_adapters import aggregate_adapters
+    from fedex_hf.adapter_aggregation import aggregate_adapters
     from fedex_hf.aggregators import AGGREGATORS
 
     if args.aggregator not in AGGREGATORS:

@@ -366,7 +366,7 @@ IN_A_CLIENT = """
 import json, sys
 from pathlib import Path
 from fedex_hf.adapter_sources import resolve_adapter, resolve_base
-from fedex_hf.aggregate_adapters import aggregate_adapters
+from fedex_hf.adapter_aggregation import aggregate_adapters
 from fedex_hf.cli import inspect
 
 def names(path):

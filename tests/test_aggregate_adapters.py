@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from fedex_hf import FedExAggregator, UnsupportedModelError
-from fedex_hf.aggregate_adapters import AggregationReport, aggregate_adapters
+from fedex_hf.adapter_aggregation import AggregationReport, aggregate_adapters
 from fedex_hf.tensor_files import AdapterFormatError, TensorFile
 from fedex_hf.updates import LowRankDelta
 

@@ -9,6 +9,8 @@ import sys
 import pytest
 from programs import ROOT, untraced
 
+import fedex_hf
+
 
 SCRIPT = """
 import json, sys
@@ -36,16 +38,19 @@ LATE = (
 
 def modules_of(imported: str) -> list[str]:
     """Modules that an import adds to those of a plain script, in a process of its own."""
-    code = SCRIPT.format(imported=imported)
-    done = subprocess.run(
+    return json.loads(ran(SCRIPT.format(imported=imported)).splitlines()[-1])
+
+
+def ran(code: str) -> str:
+    """What a script prints, in a process of its own."""
+    return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=True,
         cwd=ROOT,
         env=untraced() | {"PYTHONPATH": str(ROOT)},
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    ).stdout
 
 
 def third_party(modules: list[str]) -> set[str]:
@@ -54,13 +59,13 @@ def third_party(modules: list[str]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def added() -> list[str]:
-    return modules_of("import fedex_hf")
+    return modules_of("from fedex_hf import FederatedTrainer, FederatedTrainingArguments")
 
 
 def test_no_further_third_party_module_is_imported(added):
     assert "fedex_hf.trainer" in added
     # `packaging` is there already; the parts of it that compare versions may not be.
-    assert third_party(added) <= {"packaging"}
+    assert third_party(added) <= {"lazy_loader", "packaging"}
 
 
 def test_what_is_needed_later_is_imported_later(added):
@@ -71,3 +76,44 @@ def test_the_check_can_fail():
     added = modules_of("import fedex_hf, fedex_hf.plots, pytest")
     assert "pytest" in third_party(added)
     assert "fedex_hf.plots" in added
+
+
+# ---- Names on first use ----
+
+
+@pytest.mark.parametrize("words", [["--help"], ["aggregate", "--help"], ["inspect", "--help"]], ids=" ".join)
+def test_help_does_not_wait_for_torch(words):
+    code = f"""
+import sys
+from fedex_hf.cli import main
+try:
+    main({words})
+except SystemExit:
+    print([name for name in ("torch", "transformers", "peft") if name in sys.modules])
+"""
+    printed = ran(code)
+    assert "usage: fedex-hf" in printed
+    assert printed.splitlines()[-1] == "[]"
+    assert ran("import fedex_hf.trainer, sys; print('torch' in sys.modules)") == "True\n"  # the twin
+
+
+def test_every_name_is_there():
+    """Whatever was imported before: no module has the name of what the package offers."""
+    code = """
+import importlib, pkgutil, fedex_hf
+for module in pkgutil.iter_modules(fedex_hf.__path__):
+    importlib.import_module(f"fedex_hf.{module.name}")
+from fedex_hf import *
+for name in fedex_hf.__all__:
+    assert name in dir(fedex_hf)
+    offered = getattr(fedex_hf, name)
+    assert offered is globals()[name]
+    assert not isinstance(offered, type(fedex_hf)), name
+print(len(fedex_hf.__all__))
+"""
+    assert int(ran(code)) == len(fedex_hf.__all__) > 30
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="nothing"):
+        fedex_hf.nothing  # noqa: B018
