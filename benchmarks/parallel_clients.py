@@ -189,8 +189,8 @@ def answer(cases: list[Case]) -> str:
     ratios: dict[int, list[float]] = {}
     for case in cases:
         ratios.setdefault(case.batch, []).append(median(case.ratios))
-    found = [f"{min(each):.1f} to {max(each):.1f} times for batches of {batch}" for batch, each in ratios.items()]
-    return f"as fast as one after another: {', '.join(found)}"
+    found = [f"{min(each):.1f} to {max(each):.1f} for batches of {batch}" for batch, each in ratios.items()]
+    return f"speed relative to one after another: {', '.join(found)}"
 
 
 def report(cases: list[Case], args: BenchmarkArguments, machine: str) -> str:

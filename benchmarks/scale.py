@@ -44,7 +44,7 @@ from fedex_hf.client_states import StatesOnDisk
 
 
 MB = 1e6
-STATES = ("memory", "disk")
+STATES = {"memory": "in memory", "disk": "on disk"}
 
 
 @dataclass
@@ -243,9 +243,9 @@ def report(rows: Sequence[Row], args: BenchmarkArguments, plot: str | None) -> s
 
 def answer(rows: Sequence[Row]) -> str:
     """What was found, in a line."""
-    each = [1e3 * row.figures["round"] / row.sampled for row in rows if row.states == STATES[-1]]
+    each = [1e3 * row.figures["round"] / row.sampled for row in rows if row.states == "disk"]
     held = {row.states: row.figures["held"] / MB for row in rows if row.clients == max(row.clients for row in rows)}
-    sizes = ", ".join(f"{size:.1f} MB with states in {states}" for states, size in held.items())
+    sizes = ", ".join(f"{size:.1f} MB with states {STATES[states]}" for states, size in held.items())
     return f"{min(each):.1f} to {max(each):.1f} ms per sampled client, however many there are; {sizes}"
 
 

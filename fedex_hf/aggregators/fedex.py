@@ -241,7 +241,7 @@ def means_and_product(
     first, (root, *roots) = factors[0], client_weights.sqrt().tolist()
     mean_A = weighted_mean([delta.A for delta in factors], client_weights)
     mean_B = weighted_mean([delta.B for delta in factors], client_weights)
-    Q, P = ((mean + root * own.double()) / (1.0 + root) for mean, own in ((mean_A, first.A), (mean_B, first.B)))
+    Q, P = (_point(mean.clone(), own.double(), root) for mean, own in ((mean_A, first.A), (mean_B, first.B)))
     product = torch.zeros(first.out_features, first.in_features, device=first.A.device)
     others, together = list(zip(factors[1:], roots, strict=True)), max(_DEPTH // first.rank, 1)
     for start in range(0, len(others), together):
@@ -300,10 +300,15 @@ def _contrast_block(
         doubled.copy_(torch.stack(list(tensors)))
         total = torch.tensordot(roots.flatten().square(), doubled, dims=1)
         mean.copy_(total)
-        contrasts.copy_(doubled.sub_(total.add_(doubled[0], alpha=first).div_(1.0 + first)).mul_(roots)[1:])
+        contrasts.copy_(doubled.sub_(_point(total, doubled[0], first)).mul_(roots)[1:])
         return
     total = torch.zeros_like(doubled[0])
     for client, tensor, weight in zip(doubled, tensors, weights, strict=True):
         total.add_(client.copy_(tensor), alpha=weight)
     mean.copy_(total)
-    contrasts.copy_(doubled.sub_(total.add_(doubled[0], alpha=first).div_(1.0 + first)).mul_(roots)[1:])
+    contrasts.copy_(doubled.sub_(_point(total, doubled[0], first)).mul_(roots)[1:])
+
+
+def _point(mean: torch.Tensor, first: torch.Tensor, root: float) -> torch.Tensor:
+    """`P` of this file's docstring, in the place of the mean."""
+    return mean.add_(first, alpha=root).div_(1.0 + root)
