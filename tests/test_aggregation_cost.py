@@ -1,5 +1,7 @@
 """What a round's aggregation costs, counted and not timed: products, decompositions and bytes, in known cases."""
 
+import weakref
+
 import numpy as np
 import pytest
 import tiny
@@ -49,6 +51,36 @@ class Costs(TorchDispatchMode):
         new = [each for each in _tensors([found]) if each.untyped_storage().data_ptr() not in given]
         self.allocations += [each.untyped_storage().nbytes() for each in new]
         return found
+
+
+class Held(TorchDispatchMode):
+    """Counts what is allocated and not freed while the mode is on, on any device.
+
+    Args:
+        given: Tensors that were there before.
+
+    Attributes:
+        peak: The most there was at a time, bytes.
+    """
+
+    def __init__(self, given):
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self.known = {each.untyped_storage()._cdata for each in given}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for storage in [each.untyped_storage() for each in _tensors([found])]:
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return found
+
+    def _freed(self, storage, nbytes):
+        self.known.discard(storage)
+        self.now -= nbytes
 
 
 def _tensors(values):
@@ -241,7 +273,7 @@ def test_blocks_change_no_bit(block, experts, monkeypatch):
 
     factors = factors_of(3, 2, experts=experts, size=(23, 17))
     expected = means_and_residual(factors, shares(3))
-    monkeypatch.setitem(fedex._BLOCKS, "cpu", block)
+    monkeypatch.setitem(fedex._BLOCKS, "cpu", (min(block, 10), block))
     found = means_and_residual(factors, shares(3))
     for left, right in zip(expected, found, strict=True):
         assert torch.equal(left.A, right.A)
@@ -342,6 +374,24 @@ def test_elsewhere_than_on_a_cpu_a_model_takes_few_calls(size, number):
     with Costs() as one_by_one:  # the twin
         OneByOne().aggregate(updates, [1, 1, 1])
     assert one_by_one.calls > number / 2 * layer.calls
+
+
+@pytest.mark.parametrize("clients", [3, 10])
+@pytest.mark.parametrize(("size", "number"), [((768, 768), 24), ((3072, 3072), 56), ((8192, 3072), 4)], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_temporary_memory_of_layers_together_is_at_most_twice_the_factors(device, size, number, clients):
+    updates = updates_of({f"layer {place}": (size, ()) for place in range(number)}, clients, device=device)
+    given = [factor for each in updates for delta in each.adapters.values() for factor in (delta.A, delta.B)]
+    with Held(given) as held:
+        results = FedExAggregator().aggregate(updates, [1.0] * clients)
+    made = nbytes([*results.adapters.values(), *results.residuals.values()])
+    assert held.peak >= made
+    assert held.peak - made < 2 * sum(factor.nbytes for factor in given)
+    if device == "cpu":  # counted as torch's profiler counts
+        with _peak_allocated() as peaks:
+            again = FedExAggregator().aggregate(updates, [1.0] * clients)
+        assert again.adapters.keys() == results.adapters.keys()
+        assert held.peak == pytest.approx(peaks["whole run"], rel=0.02)
 
 
 def test_large_layers_and_experts_are_not_stacked():

@@ -35,8 +35,9 @@ from fedex_hf.low_rank import beside_identity, compress, concatenate, multiplies
 from fedex_hf.updates import ClientUpdate, GlobalUpdate, LowRankDelta
 
 
-# How many numbers of all clients are float64 at a time, by device: 2 MB stay in a CPU's cache, a GPU wants more.
-_BLOCKS = defaultdict(lambda: 2**24, cpu=2**18)
+# How many numbers of all clients are float64 at a time, at least and at most, by device: 2 MB stay in a CPU's cache, a
+# GPU wants more.
+_BLOCKS = defaultdict(lambda: (2**16, 2**24), cpu=(2**14, 2**18))
 _DEPTH = 384  # of the products that `means_and_product` adds up: enough for them to be fast
 
 
@@ -169,7 +170,8 @@ def _alike(layers: Mapping[str, Sequence[LowRankDelta]]) -> Iterator[list[str]]:
     for names in groups.values():
         factors = layers[names[0]]
         numbers = sum(each.A.numel() + each.B.numel() for each in factors)
-        size = max(_BLOCKS[factors[0].A.device.type] * 3 // 4 // numbers, 1) if factors[0].A.ndim == 2 else 1
+        _, largest = _BLOCKS[factors[0].A.device.type]
+        size = max(largest * 3 // 4 // numbers, 1) if factors[0].A.ndim == 2 else 1
         yield from (names[start : start + size] for start in range(0, len(names), size))
 
 
@@ -269,9 +271,9 @@ def _contrasts(
         contrasts: Tensor of shape `(k - 1, ...)`, float32, to write the others into.
         dim: Dimension to take block by block, so that what is float64 stays in the processor's cache.
     """
-    numbers, largest = len(tensors) * mean.numel(), _BLOCKS[mean.device.type]
+    numbers, (smallest, largest) = len(tensors) * mean.numel(), _BLOCKS[mean.device.type]
     # Half of the numbers in float64 are as large as all of them in float32.
-    block = min(largest, max(largest // 16, numbers // 2))
+    block = min(largest, max(smallest, numbers // 2))
     size = max(block * mean.shape[dim] // numbers, 1)
     given = (weights.tolist(), weights.sqrt().view(-1, *[1] * mean.ndim).to(mean.device))
     blocks = [each.split(size, dim) for each in (mean, contrasts, *tensors)]
@@ -296,15 +298,14 @@ def _contrast_block(
         doubled: Memory for all tensors in float64.
     """
     first = math.sqrt(weights[0])
-    if mean.device.type != "cpu":  # there each call costs as much as the arithmetic: few of them, for all clients
-        doubled.copy_(torch.stack(list(tensors)))
+    if mean.device.type == "cpu":  # while each is in the cache
+        total = torch.zeros_like(doubled[0])
+        for client, tensor, weight in zip(doubled, tensors, weights, strict=True):
+            total.add_(client.copy_(tensor), alpha=weight)
+    else:  # in few calls
+        for client, tensor in zip(doubled, tensors, strict=True):
+            client.copy_(tensor)
         total = torch.tensordot(roots.flatten().square(), doubled, dims=1)
-        mean.copy_(total)
-        contrasts.copy_(doubled.sub_(_point(total, doubled[0], first)).mul_(roots)[1:])
-        return
-    total = torch.zeros_like(doubled[0])
-    for client, tensor, weight in zip(doubled, tensors, weights, strict=True):
-        total.add_(client.copy_(tensor), alpha=weight)
     mean.copy_(total)
     contrasts.copy_(doubled.sub_(_point(total, doubled[0], first)).mul_(roots)[1:])
 
