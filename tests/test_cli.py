@@ -19,7 +19,10 @@ from fedex_hf import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 # What it prints where it is imported on a CPU with certain instructions.
-BY_BITSANDBYTES = "Failed to load CPU gemm_4bit_forward from kernels-community"
+BY_BITSANDBYTES = (
+    "Failed to load CPU gemm_4bit_forward from kernels-community",
+    "The 8-bit optimizer is not available on your device",
+)
 
 
 @pytest.fixture(scope="module")

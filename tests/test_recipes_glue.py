@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -135,7 +136,9 @@ def test_a_label_outside_the_head_is_refused(lab, label, message):
 
 
 def test_a_missing_value_is_refused(lab):
-    write_rows(lab / "glue" / "sst2" / "train.jsonl", [*glue_rows("sst2", 20), {"sentence": None, "label": 1}])
+    write_rows(
+        lab / "glue" / "sst2" / "train.jsonl", [*glue_rows("sst2", 20), {"sentence": None, "label": 1, "idx": 20}]
+    )
     assert "column `sentence` has missing values" in refusal(lab)
 
 
@@ -265,6 +268,13 @@ def test_columns_are_checked():
 # ---- Two processes ----
 
 
+def free_port() -> int:
+    """Of this machine: accelerate looks for one itself only in its newer versions."""
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        return taken.getsockname()[1]
+
+
 def test_two_processes_give_the_metrics_of_one(lab):
     """`accelerate launch` with two CPU processes: halves of the same batches, the same weights up to rounding.
 
@@ -278,7 +288,7 @@ def test_two_processes_give_the_metrics_of_one(lab):
     two = glue_flags(lab, output_dir=lab / "two", per_device_train_batch_size=2, **flags)
     environment = {**untraced(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
     command = [sys.executable, *launch, str(RECIPES / "glue.py"), *two]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
