@@ -34,7 +34,8 @@ from typing import Any, TypeVar
 
 import torch
 from _common import in_own_process, publish, run_in_child, start
-from aggregation_report import LedgerResult, Machine, Result, Results, answer, report, summary_rows
+from aggregation_report import answer, report, summary_rows
+from aggregation_results import LedgerResult, Machine, Result, Results
 from aggregation_sides import (
     MODELS,
     Case,
@@ -227,6 +228,8 @@ def measure_all(args: BenchmarkArguments, machine: Machine) -> Results:
 
 def main() -> None:
     args = start(BenchmarkArguments, __doc__)
+    # First, while nothing has touched a GPU: these fork.
+    ledgers = {} if args.child else {case: measure_ledger(case, args.rounds) for case in tqdm(LEDGERS, unit="ledger")}
     machine = apart(measure_machine, Clock(args.device))
     results = measure_all(args, machine)
     if args.child:
@@ -236,7 +239,6 @@ def main() -> None:
     if sys.platform == "linux" and args.device == "cpu":
         flags = {f"--{each.name}": getattr(args, each.name) for each in fields(args) if each.name != "output"}
         reused = run_in_child(__file__, flags | {"--child": True}, KEEP, "The run with memory reused")
-    ledgers = {case: measure_ledger(case, args.rounds) for case in tqdm(LEDGERS, unit="ledger")}
     publish(report(results, reused, ledgers, machine, args), args.output, __file__, answer(results))
 
 

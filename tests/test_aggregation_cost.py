@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from aggregation import measure
-from aggregation_report import Machine
+from aggregation_results import Machine
 from aggregation_sides import Case, Layer, Ours, aggregate, dense, dense_all, errors_of, fold, name_of
 from aggregation_sides import updates_of as updates_of_benchmark
 from memory import _peak_allocated
