@@ -15,9 +15,9 @@ Both sides get the factors of k clients and end with new factors and changed wei
 One layer of each distinct shape is measured; sums over a model count it as often as the model has it. Rounds beyond
 the first, in which the ledger grows, are measured in a few cases.
 
-Each side takes its turns in processes of its own, one after the other, whose heap is as a training leaves it.
+On Linux, each side is timed in processes of its own, which take turns, and whose heap is as a training leaves it.
 
-All of it is measured twice: with glibc as it comes, and in a process whose glibc is told to keep the memory that torch
+All but these rounds is measured twice: with glibc as it comes, and in processes whose glibc is told to keep what torch
 gives back (`MALLOC_MMAP_MAX_`, `MALLOC_TRIM_THRESHOLD_`), so that neither side pays for fresh pages. That is to the
 advantage of the dense side, which needs many.
 """
@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from statistics import median
 from typing import Any, TypeVar
 
@@ -66,6 +67,7 @@ LEDGERS = [  # from two thin factors for many rounds to one matrix from the firs
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 MAPPED = 2**25  # bytes from which on glibc takes fresh pages for every tensor
 PROCESSES = 3  # of each side
+LONG = 5  # times what a case is given
 
 
 @dataclass
@@ -78,7 +80,8 @@ class BenchmarkArguments:
     ranks: list[int] = field(default_factory=lambda: [4, 32], metadata={"help": "LoRA ranks."})
     clients: list[int] = field(default_factory=lambda: [3, 10, 50], metadata={"help": "Clients per round."})
     seconds: float = field(
-        default=1.0, metadata={"help": "Time to spend on each case; 3 to 60 turns are taken, medians are reported."}
+        default=1.0,
+        metadata={"help": "Time to spend on each side of a case; 3 to 60 times are taken, medians are reported."},
     )
     rounds: int = field(default=20, metadata={"help": "Rounds of the ledger."})
     device: str = field(default="cpu", metadata={"help": "Where both sides run.", "choices": ["cpu", "cuda"]})
@@ -135,24 +138,27 @@ def use_heap_as_after_training() -> None:
 
 
 def take_turns(calls_of: Callable[[Case], dict[str, Callable[[], object]]], case: Case, seconds: float) -> Times:
-    """Seconds per layer of each of a side's calls, several times."""
+    """Seconds per layer of each of a side's calls, several times.
+
+    The first two times are to warm up, and do not count; of what takes long the first one does.
+    """
     use_heap_as_after_training()
     clock, calls = Clock(case.device), calls_of(case)
-    times: Times = {part: [] for part in calls}
     if not calls:
-        return times
-    for _ in range(2):  # to warm up
-        once = sum(clock(call) for call in calls.values())
-        if once > seconds:
-            break
-    for _ in range(min(max(round(seconds / PROCESSES / once), 1), 20)):
-        for part, call in calls.items():
-            times[part].append(clock(call) / case.copies)
-    return times
+        return {}
+
+    def once() -> dict[str, float]:
+        return {part: clock(call) for part, call in calls.items()}
+
+    found = [once()]
+    if sum(found[0].values()) < LONG * seconds:
+        number = seconds / PROCESSES / sum(once().values())
+        found = [once() for _ in range(min(max(round(number), 1), 20))]
+    return {part: [each[part] / case.copies for each in found] for part in calls}
 
 
 def measure(case: Case, machine: Machine, seconds: float) -> Result:
-    """All sides, in turns, each turn in a process of its own."""
+    """All sides in turns, each time in a process of its own."""
     times: Times = {}
     for turn in range(PROCESSES):
         for side in (dense_calls, our_calls, torch_calls)[:: -1 if turn % 2 else 1]:
@@ -186,24 +192,29 @@ def needs_of(case: Case, findings: Findings, machine: Machine) -> dict[str, tupl
 
 def measure_ledger(case: Case, rounds: int) -> LedgerResult:
     """Round by round, beside the dense formula."""
-    plus, install, turned = apart(grow_ledger, case, rounds)
-    return LedgerResult(plus, install, median(apart(dense_rounds, case, rounds)), turned)
+    times, turned = apart(grow_ledger, case, rounds)
+    return LedgerResult(**times, dense=median(apart(dense_rounds, case, rounds)), turned=turned)
 
 
-def grow_ledger(case: Case, rounds: int) -> tuple[list[float], list[float], int]:
-    """Seconds of `Ledger.plus` and of `AdaptedModel.install` round by round, and in which it turned dense."""
+def grow_ledger(case: Case, rounds: int) -> tuple[Times, int]:
+    """Seconds of the package's parts round by round, and the round in which the ledger turned dense, or 0."""
     use_heap_as_after_training()
-    clock, ours, ledger = Clock(case.device), Ours(case.layer, case.rank, 1), Ledger()
-    plus: list[float] = []
-    install: list[float] = []
-    turned = 0
+    clock, ours = Clock(case.device), Ours(case.layer, case.rank, 1)
+    times: Times = {"server": [], "plus": [], "install": []}
+    ledger, turned = Ledger(), 0
+
+    def timed(part: str, call: Callable[[], T]) -> T:
+        result: list[T] = []
+        times[part].append(clock(lambda: result.append(call())))
+        return result[0]
+
     for number in range(1, rounds + 1):
-        update, after = aggregate(updates_of(case.layer, case.rank, case.clients, 1, seed=number)), []
-        plus.append(clock(lambda update=update, ledger=ledger, after=after: after.append(ours.ledger(update, ledger))))
-        ledger = after[0]
-        install.append(clock(lambda ledger=ledger: ours.install(ledger)))
+        updates = updates_of(case.layer, case.rank, case.clients, 1, seed=number)
+        update = timed("server", partial(aggregate, updates))
+        ledger = timed("plus", partial(ours.ledger, update, ledger))
+        timed("install", partial(ours.install, ledger))
         turned = turned or (number if ledger.matrices else 0)
-    return plus, install, turned
+    return times, turned
 
 
 def dense_rounds(case: Case, rounds: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -17,10 +18,10 @@ Equal work: both sides begin with the clients' factors and end with new factors 
 `M = mean(B_i @ A_i); W += s (M - mean(B_i) @ mean(A_i))` in float32. The package's side is *server*
 (`FedExAggregator().aggregate`: new factors and those of the residual, all that a server has to make and to send) and
 *install* ({install}, float32). *ratio* is dense / (server + install), *server only* is dense / server; *with ledger*
-also counts `Ledger.plus`, by which a run can be resumed and clients catch up. *At the floor* is dense over the two
-floors below: the ratio of an implementation that takes no longer than the machine needs. Times are medians of {clock}
-in milliseconds per layer; a turn takes as many layers of one shape as have 16 million weights together or the model
-has.{turns}
+also counts `Ledger.plus`, by which a run can be resumed and clients catch up. Where that multiplies a residual out
+that travels in factors, *ratio* counts it, too. *At the floor* is dense over the two floors below: the ratio of an
+implementation that takes no longer than the machine needs. Times are medians of {clock} in milliseconds per layer, of
+as many layers of one shape together as have 16 million weights or the model has.{turns}
 
 *Errors* are relative Frobenius errors of the update to `W` against the centred formula in float64, over the first
 {rows} rows: of *dense*, of the residual that *travels*, and of what is *installed* in zeros. A tenth of each client's
@@ -35,9 +36,11 @@ of float32. Where all of it fits into a cache, or is so small that calling torch
 floor says little.
 
 The larger of both is a bound that one core reaches only where one of them is small, and where products are as fast as
-those of large square matrices. *Torch's calls* is the share of the time that remains with the two calls that
-installing is made of, each alone: a copy of the weights, and products of the residual's depth into a block that stays
-in the cache. Less than their sum takes a kernel of one's own, which does both at once."""
+those of large square matrices.{calls}"""
+_CALLS = """ *Torch's calls* are the server's floor and the two calls that installing is
+made of, each timed alone: a copy of the weights, and products of the residual's depth into a block that stays in the
+cache. The column says what share of the whole they are. Less than that takes a kernel of one's own, which copies and
+multiplies at once. Where the residual travels multiplied out, installing is an addition instead."""
 
 _HEAD = (
     "layers",
@@ -102,7 +105,8 @@ def report(
         NOTES.format(
             rows=ROWS,
             clock="wall-clock time" if on_gpu else "processor time",
-            turns="" if on_gpu else _TURNS,
+            turns=_TURNS if sys.platform == "linux" and not on_gpu else "",
+            calls="" if on_gpu else _CALLS,
             install="`W.addmm_` with the residual's factors"
             if on_gpu
             else "`AdaptedModel.install`: `W = W0 + residual`",
@@ -132,44 +136,46 @@ def _fewest_clients(results: Results) -> tuple[int, list[Result]]:
 
 def _aims(results: Results) -> str:
     few, found = _fewest_clients(results)
-    ratio, possible, by_torch = (
-        median(each.times["dense"] / seconds(each) for each in found)
-        for seconds in (lambda each: each.seconds, lambda each: each.floor, lambda each: each.calls)
-    )
     every = list(results.values())
+    ratio, possible = median(each.ratio for each in found), median(each.at_the_floor for each in found)
     least, memory = min(each.ratio for each in every), max(each.findings.memory for each in every)
-    shares, of_calls = [each.floor / each.seconds for each in every], [each.calls / each.seconds for each in every]
-    enough, enough_calls = (sum(each >= 0.6 for each in found) for found in (shares, of_calls))
+    shares = [each.floor / each.seconds for each in every]
+    by_torch = [each.times["dense"] / each.calls for each in found if each.calls is not None]
+    of_calls = [each.calls / each.seconds for each in every if each.calls is not None]
     rows = [
         [
             f"at least 10 times as fast as the dense formula, {few} clients, median",
-            f"{ratio:.1f}; at the floor it would be {possible:.1f}, with torch's calls alone {by_torch:.1f}",
+            f"{ratio:.1f}; at the floor it would be {possible:.1f}"
+            + (f", with torch's calls alone {median(by_torch):.1f}" if by_torch else ""),
             ratio >= 10,
         ],
         ["never slower than 0.9 of it", f"least {least:.2f}", least >= 0.9],
         ["temporary memory at most twice the factors", f"most {memory:.2f}", memory <= 2],
         [
             "at least 60 % of the floor",
-            f"in {enough} of {len(every)} cases, median {median(shares):.0%}, least {min(shares):.0%}; of torch's "
-            f"calls alone in {enough_calls}, median {median(of_calls):.0%}, least {min(of_calls):.0%}",
-            enough == len(every),
+            _enough(shares) + (f"; of torch's calls alone {_enough(of_calls)}" if of_calls else ""),
+            min(shares) >= 0.6,
         ],
     ]
     cells = [[aim, found, "yes" if holds else "NO"] for aim, found, holds in rows]
     return markdown_table(("aim", "found", "holds"), cells)
 
 
+def _enough(shares: Sequence[float]) -> str:
+    enough = sum(each >= 0.6 for each in shares)
+    return f"in {enough} of {len(shares)} cases, median {median(shares):.0%}, least {min(shares):.0%}"
+
+
 _TURNS = """
-Each side takes its turns in processes of its own, one after the other, so that none finds what another has left of
-glibc's heap (with all in one process, the median for 3 clients was 6.5 to 11.3 from run to run). What it finds is what
-a training leaves: tensors below 32 MB come from the heap, and larger ones are fresh pages each time."""
+Each side is timed in processes of its own, which take turns, so that none finds what another has left of glibc's heap.
+What it finds is what a training leaves: tensors below 32 MB come from the heap, larger ones are fresh pages."""
 _REUSED = """\
 The same in a process whose glibc keeps what torch gives back, so that neither side pays for fresh pages; above, and in
 all tables below, glibc is as it comes."""
 _LEDGERS = """\
-A round of `Ledger.plus` and `AdaptedModel.install` beside one of the dense formula. The ledger is the sum of all
-residuals: two factors until they are as large as a matrix, a matrix afterwards. It is brought down to the rank that it
-needs now and then, unless a bound shows that all of it is needed."""
+A round of the server, `Ledger.plus` and `AdaptedModel.install` beside one of the dense formula. The ledger is the sum
+of all residuals: two factors until they are as large as a matrix, a matrix afterwards. It is brought down to the rank
+that it needs now and then, unless a bound shows that all of it is needed."""
 _SUMMARY_HEAD = (
     "clients",
     "ratio, median",
@@ -253,9 +259,10 @@ def _details(results: Results) -> str:
                 f"{each.server_only:.0f}",
                 *(f"{each.findings.errors[side]:.0e}" for side in ("dense", "server", "install")),
                 f"{each.findings.memory:.2f}",
-                *(f"{each.floors[side] / each.times[side]:.0%}" for side in ("server", "install")),
+                f"{each.floors['server'] / each.times['server']:.0%}",
+                f"{each.floors['install'] / each.installing:.0%}",
                 f"{each.floor / each.seconds:.0%}",
-                f"{each.calls / each.seconds:.0%}",
+                "-" if each.calls is None else f"{each.calls / each.seconds:.0%}",
             ]
         )
     return markdown_table(_HEAD, rows)
@@ -264,15 +271,15 @@ def _details(results: Results) -> str:
 def _ledger_table(ledgers: Mapping[Case, LedgerResult]) -> str:
     rows = []
     for case, each in ledgers.items():
+        parts = (each.server, each.plus, each.install)
         rows.append(
             [
                 *case.cells,
                 str(each.turned or "-"),
-                *(f"{1e3 * seconds:.3g}" for seconds in (median(each.plus), max(each.plus))),
-                *(f"{1e3 * seconds:.3g}" for seconds in (median(each.install), max(each.install))),
+                *(f"{1e3 * seconds:.3g}" for part in parts for seconds in (median(part), max(part))),
                 f"{1e3 * each.dense:.3g}",
-                f"{each.dense * len(each.plus) / sum((*each.plus, *each.install)):.2f}",
+                f"{each.dense * len(each.plus) / sum(map(sum, parts)):.2f}",
             ]
         )
-    head = ("shape", "r", "k", "dense from round", "plus, ms: median", "most", "install, ms: median", "most")
-    return markdown_table((*head, "dense formula, ms", "ratio"), rows)
+    head = ("shape", "r", "k", "dense from round", "server, ms: median", "most", "plus, ms: median", "most")
+    return markdown_table((*head, "install, ms: median", "most", "dense formula, ms", "ratio"), rows)

@@ -38,9 +38,14 @@ class Result:
     findings: Findings
 
     @property
+    def installing(self) -> float:
+        """Seconds from the residual to the weight: with the ledger where that is what multiplies."""
+        return self.times["install"] + (self.times["ledger"] if self.findings.ledger_multiplies else 0.0)
+
+    @property
     def seconds(self) -> float:
         """Until the weight is changed."""
-        return self.times["server"] + self.times["install"]
+        return self.times["server"] + self.installing
 
     @property
     def ratio(self) -> float:
@@ -50,7 +55,7 @@ class Result:
     @property
     def with_ledger(self) -> float:
         """The same where the package also keeps its ledger."""
-        return self.times["dense"] / (self.seconds + self.times.get("ledger", 0.0))
+        return self.times["dense"] / sum(self.times.get(part, 0.0) for part in ("server", "install", "ledger"))
 
     @property
     def server_only(self) -> float:
@@ -68,10 +73,11 @@ class Result:
         return sum(self.floors.values())
 
     @property
-    def calls(self) -> float:
-        """Seconds of the server's floor, and of torch's copy and product alone where installing is made of them."""
-        install = sum(self.times.get(part, 0.0) for part in ("copy", "product"))
-        return self.floors["server"] + (install or self.floors["install"])
+    def calls(self) -> float | None:
+        """Seconds of the server's floor and of the two calls that installing is made of; `None` where it is not."""
+        if "copy" not in self.times:
+            return None
+        return self.floors["server"] + self.times["copy"] + self.times["product"]
 
     @property
     def error(self) -> float:
@@ -89,12 +95,14 @@ class LedgerResult:
     """Rounds of one layer on the CPU.
 
     Args:
+        server: Seconds of the server, one per round.
         plus: Seconds of `Ledger.plus`, one per round.
         install: Seconds of `AdaptedModel.install`, one per round.
         dense: Seconds of the dense formula's round, median.
         turned: The round in which the sum turned dense, 0 if it never did.
     """
 
+    server: Sequence[float]
     plus: Sequence[float]
     install: Sequence[float]
     dense: float

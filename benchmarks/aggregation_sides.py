@@ -212,8 +212,8 @@ def torch_calls(case: Case) -> dict[str, Callable[[], object]]:
 
     Products go into a block that stays in the cache. Nothing where the residual is multiplied out, and on a GPU.
     """
-    residual = aggregate(case.updates()).residuals[name_of(0)]
-    if residual.product is not None or case.device != "cpu":
+    residual = aggregate(case.updates()).residuals[name_of(0)] if case.device == "cpu" else None
+    if residual is None or residual.product is not None:
         return {}
     originals, weights = case.weights(), case.weights()
     site = Ours(case.layer, case.rank, 1).adapted.sites[name_of(0)]
@@ -241,29 +241,32 @@ class Findings:
             that of the residual as it travels.
         memory: Peak of what the server allocates beside its results, relative to the clients' factors.
         residual_rank: Of the residual that travels.
+        ledger_multiplies: Whether the ledger multiplies a residual out that travels in factors; installing only adds.
     """
 
     errors: dict[str, float]
     memory: float
     residual_rank: int
+    ledger_multiplies: bool
 
 
 def look(case: Case) -> Findings:
     """Errors and memory of a case."""
     updates = case.updates()
     update = aggregate(updates)
-    residual = update.residuals[name_of(0)]
+    residual, multiplies = update.residuals[name_of(0)], False
     if case.device == "cpu":
         ours = Ours(case.layer, case.rank, case.copies)
-        ours.install(ours.ledger(update))
+        ledger = ours.ledger(update)
+        ours.install(ledger)
         installed = ours.weight(0)
+        multiplies = residual.product is None and name_of(0) in ledger.matrices
     else:
         weights = case.weights()
         fold(weights, update)
         installed = weights[0]
-    return Findings(
-        errors_of(case.layer, updates, residual, installed), temporary_memory(updates, case.device), residual.rank
-    )
+    errors = errors_of(case.layer, updates, residual, installed)
+    return Findings(errors, temporary_memory(updates, case.device), residual.rank, multiplies)
 
 
 def errors_of(

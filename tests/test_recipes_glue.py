@@ -269,7 +269,7 @@ def test_columns_are_checked():
 
 
 def free_port() -> int:
-    """Of this machine: accelerate looks for one itself only in its newer versions."""
+    """Of this machine: accelerate 1.4, the oldest we admit, waits forever on port 0."""
     with socket.socket() as taken:
         taken.bind(("localhost", 0))
         return taken.getsockname()[1]

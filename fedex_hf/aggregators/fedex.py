@@ -297,17 +297,25 @@ def _contrast_block(
         roots: Those of the weights, of shape `(k, 1, ...)`, float64.
         doubled: Memory for all tensors in float64.
     """
-    first = math.sqrt(weights[0])
-    if mean.device.type == "cpu":  # while each is in the cache
-        total = torch.zeros_like(doubled[0])
-        for client, tensor, weight in zip(doubled, tensors, weights, strict=True):
-            total.add_(client.copy_(tensor), alpha=weight)
-    else:  # in few calls
-        for client, tensor in zip(doubled, tensors, strict=True):
-            client.copy_(tensor)
-        total = torch.tensordot(roots.flatten().square(), doubled, dims=1)
+    total = (_sum_in_cache if mean.device.type == "cpu" else _sum_in_few_calls)(tensors, weights, doubled)
     mean.copy_(total)
-    contrasts.copy_(doubled.sub_(_point(total, doubled[0], first)).mul_(roots)[1:])
+    contrasts.copy_(doubled.sub_(_point(total, doubled[0], math.sqrt(weights[0]))).mul_(roots)[1:])
+
+
+def _sum_in_cache(tensors: Sequence[torch.Tensor], weights: Sequence[float], doubled: torch.Tensor) -> torch.Tensor:
+    """The weighted sum, float64, of tensors that are written into `doubled`: each while it is in the cache."""
+    total = torch.zeros_like(doubled[0])
+    for client, tensor, weight in zip(doubled, tensors, weights, strict=True):
+        total.add_(client.copy_(tensor), alpha=weight)
+    return total
+
+
+def _sum_in_few_calls(
+    tensors: Sequence[torch.Tensor], weights: Sequence[float], doubled: torch.Tensor
+) -> torch.Tensor:
+    """The same in as many calls for many tensors as for few."""
+    torch.stack(list(tensors), out=doubled)
+    return torch.tensordot(torch.tensor(weights, dtype=torch.float64, device=doubled.device), doubled, dims=1)
 
 
 def _point(mean: torch.Tensor, first: torch.Tensor, root: float) -> torch.Tensor:
