@@ -229,15 +229,16 @@ def _totals(results: Results, args: Any) -> str:
             sum(count * each.times.get(side, 0.0) for count, each in of_case)
             for side in ("dense", "server", "install", "ledger")
         ]
-        dense, server, install, ledger = sums
+        dense, server, *_ = sums
+        changed = sum(count * each.seconds for count, each in of_case)
         rows.append(
             [
                 model,
                 str(rank),
                 str(clients),
                 *(f"{each:.3g}" for each in sums),
-                f"{dense / (server + install):.1f}",
-                f"{dense / (server + install + ledger):.1f}",
+                f"{dense / changed:.1f}",
+                f"{dense / sum(sums[1:]):.1f}",
                 f"{dense / server:.0f}",
             ]
         )
