@@ -389,7 +389,7 @@ def test_clients_are_summed_in_float64_on_every_device(sums):
     tensors = [delta.A for delta in factors_of(7, 4)]
     weights = shares(7)
     doubled = torch.empty(7, 6, IN, dtype=torch.float64).narrow(1, 1, 4)
-    total = sums(tensors, weights.tolist(), doubled)
+    total = sums(tensors, weights, doubled)
     expected = np.tensordot(weights.numpy(), np.stack([each.double().numpy() for each in tensors]), 1)
     assert total.dtype == torch.float64
     assert error(total.numpy(), expected) < 1e-15
@@ -446,7 +446,7 @@ def test_both_sides_of_the_benchmark_do_the_same_work(clients):
 @pytest.mark.parametrize(
     ("size", "rank", "clients", "by"),
     [((64, 48), 4, 3, "install"), ((64, 48), 4, 40, "server"), ((96, 96), 1, 50, "ledger")],
-    ids=lambda each: str(each),
+    ids=str,
 )
 def test_the_benchmark_counts_every_product(size, rank, clients, by):
     """Whoever multiplies the residual out: its time is in what is compared."""

@@ -275,7 +275,8 @@ def _contrasts(
     # Half of the numbers in float64 are as large as all of them in float32.
     block = min(largest, max(smallest, numbers // 2))
     size = max(block * mean.shape[dim] // numbers, 1)
-    given = (weights.tolist(), weights.sqrt().view(-1, *[1] * mean.ndim).to(mean.device))
+    first, weights = math.sqrt(weights[0]), weights.to(mean.device)
+    given = (weights, weights.sqrt().view(-1, *[1] * mean.ndim), first)
     blocks = [each.split(size, dim) for each in (mean, contrasts, *tensors)]
     doubled = torch.empty(len(tensors), *blocks[0][0].shape, dtype=torch.float64, device=mean.device)
     for to_mean, to_contrasts, *pieces in zip(*blocks, strict=True):
@@ -284,8 +285,9 @@ def _contrasts(
 
 def _contrast_block(
     tensors: Sequence[torch.Tensor],
-    weights: Sequence[float],
+    weights: torch.Tensor,
     roots: torch.Tensor,
+    first: float,
     mean: torch.Tensor,
     contrasts: torch.Tensor,
     doubled: torch.Tensor,
@@ -295,27 +297,26 @@ def _contrast_block(
     Args:
         tensors, weights, mean, contrasts: As there.
         roots: Those of the weights, of shape `(k, 1, ...)`, float64.
+        first: The first of them.
         doubled: Memory for all tensors in float64.
     """
     total = (_sum_in_cache if mean.device.type == "cpu" else _sum_in_few_calls)(tensors, weights, doubled)
     mean.copy_(total)
-    contrasts.copy_(doubled.sub_(_point(total, doubled[0], math.sqrt(weights[0]))).mul_(roots)[1:])
+    contrasts.copy_(doubled.sub_(_point(total, doubled[0], first)).mul_(roots)[1:])
 
 
-def _sum_in_cache(tensors: Sequence[torch.Tensor], weights: Sequence[float], doubled: torch.Tensor) -> torch.Tensor:
+def _sum_in_cache(tensors: Sequence[torch.Tensor], weights: torch.Tensor, doubled: torch.Tensor) -> torch.Tensor:
     """The weighted sum, float64, of tensors that are written into `doubled`: each while it is in the cache."""
     total = torch.zeros_like(doubled[0])
-    for client, tensor, weight in zip(doubled, tensors, weights, strict=True):
+    for client, tensor, weight in zip(doubled, tensors, weights.tolist(), strict=True):
         total.add_(client.copy_(tensor), alpha=weight)
     return total
 
 
-def _sum_in_few_calls(
-    tensors: Sequence[torch.Tensor], weights: Sequence[float], doubled: torch.Tensor
-) -> torch.Tensor:
+def _sum_in_few_calls(tensors: Sequence[torch.Tensor], weights: torch.Tensor, doubled: torch.Tensor) -> torch.Tensor:
     """The same in as many calls for many tensors as for few."""
     torch.stack(list(tensors), out=doubled)
-    return torch.tensordot(torch.tensor(weights, dtype=torch.float64, device=doubled.device), doubled, dims=1)
+    return torch.tensordot(weights, doubled, dims=1)
 
 
 def _point(mean: torch.Tensor, first: torch.Tensor, root: float) -> torch.Tensor:
