@@ -162,16 +162,15 @@ def measure(case: Case, machine: Machine, seconds: float) -> Result:
     times: Times = {}
     for turn in range(PROCESSES):
         for side in (dense_calls, our_calls, torch_calls)[:: -1 if turn % 2 else 1]:
-            for part, found in apart(take_turns, side, case, seconds).items():
+            for part, found in apart(case.device, take_turns, side, case, seconds).items():
                 times.setdefault(part, []).extend(found)
-    findings = apart(look, case)
+    findings = apart(case.device, look, case)
     return Result({part: median(each) for part, each in times.items()}, needs_of(case, findings, machine), findings)
 
 
-def apart(function: Callable[..., T], *args: Any) -> T:
+def apart(device: str, function: Callable[..., T], *args: Any) -> T:
     """In a process of its own, unless it takes a GPU: its memory is kept by torch, not by glibc."""
-    on_gpu = any(isinstance(each, Case | Clock) and each.device == "cuda" for each in args)
-    return function(*args) if on_gpu else in_own_process(function, *args)
+    return function(*args) if device == "cuda" else in_own_process(function, *args)
 
 
 def needs_of(case: Case, findings: Findings, machine: Machine) -> dict[str, tuple[float, float]]:
@@ -192,8 +191,9 @@ def needs_of(case: Case, findings: Findings, machine: Machine) -> dict[str, tupl
 
 def measure_ledger(case: Case, rounds: int) -> LedgerResult:
     """Round by round, beside the dense formula."""
-    times, turned = apart(grow_ledger, case, rounds)
-    return LedgerResult(**times, dense=median(apart(dense_rounds, case, rounds)), turned=turned)
+    times, turned = apart(case.device, grow_ledger, case, rounds)
+    dense = median(apart(case.device, dense_rounds, case, rounds))
+    return LedgerResult(**times, dense=dense, turned=turned)
 
 
 def grow_ledger(case: Case, rounds: int) -> tuple[Times, int]:
@@ -241,7 +241,7 @@ def main() -> None:
     args = start(BenchmarkArguments, __doc__)
     # First, while nothing has touched a GPU: these fork.
     ledgers = {} if args.child else {case: measure_ledger(case, args.rounds) for case in tqdm(LEDGERS, unit="ledger")}
-    machine = apart(measure_machine, Clock(args.device))
+    machine = apart(args.device, measure_machine, Clock(args.device))
     results = measure_all(args, machine)
     if args.child:
         print(json.dumps(summary_rows(results, args.clients)))

@@ -16,7 +16,6 @@ import ipaddress
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from programs import untraced
+from programs import free_port, untraced
 
 
 BIN = Path(sys.executable).parent
@@ -43,7 +42,7 @@ class Machines:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.address = f"127.0.0.1:{_free_port()}"
+        self.address = f"127.0.0.1:{free_port()}"
         self.processes: dict[str, subprocess.Popen] = {}
         (folder / "flwr").mkdir(parents=True)
         (folder / "flwr" / "config.toml").write_text(
@@ -85,7 +84,7 @@ class Machines:
         self._start(
             name,
             "flower-supernode",
-            *("--superlink", self.address, "--root-certificates", "ca.crt", "--port", str(_free_port())),
+            *("--superlink", self.address, "--root-certificates", "ca.crt", "--port", str(free_port())),
             *("--auth-supernode-private-key", name, "--node-config", f"partition-id={partition}"),
         )
 
@@ -176,12 +175,6 @@ def _write_certificates(folder: Path) -> None:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def _toml(value: Any) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import runpy
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,13 @@ ROOT = Path(__file__).resolve().parents[1]
 def untraced(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Without what makes coverage trace a process, which doubles its time: for one that only repeats others' lines."""
     return {name: value for name, value in environment.items() if not name.startswith("COVERAGE_")}
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -58,7 +66,7 @@ def as_main(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    from fedex_hf import aggregate_adapters  # imports what most jobs need
+    from fedex_hf import *  # noqa: F403  what jobs need, imported once
 
-    assert "fedex_hf.cli" not in sys.modules, aggregate_adapters.__name__
+    assert "fedex_hf.cli" not in sys.modules
     forks.serve(as_main)

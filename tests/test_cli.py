@@ -18,7 +18,7 @@ from fedex_hf import cli
 
 
 ROOT = Path(__file__).resolve().parents[1]
-# What it prints where it is imported on a CPU with certain instructions.
+# What it prints when it is imported: on a CPU with certain instructions, and (0.47, the oldest we admit) on any.
 BY_BITSANDBYTES = (
     "Failed to load CPU gemm_4bit_forward from kernels-community",
     "The 8-bit optimizer is not available on your device",

@@ -95,7 +95,11 @@ except SystemExit:
     printed = ran(code)
     assert "usage: fedex-hf" in printed
     assert printed.splitlines()[-1] == "[]"
-    assert ran("import fedex_hf.trainer, sys; print('torch' in sys.modules)") == "True\n"  # the twin
+
+
+def test_the_trainer_waits_for_torch():
+    """The twin."""
+    assert ran("import fedex_hf.trainer, sys; print('torch' in sys.modules)") == "True\n"
 
 
 def test_every_name_is_there():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import glue
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
-from programs import untraced
+from programs import free_port, untraced
 from recipe_lab import encoder, glue_flags, glue_folder, glue_rows, write_rows
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -268,19 +267,13 @@ def test_columns_are_checked():
 # ---- Two processes ----
 
 
-def free_port() -> int:
-    """Of this machine: accelerate 1.4, the oldest we admit, waits forever on port 0."""
-    with socket.socket() as taken:
-        taken.bind(("localhost", 0))
-        return taken.getsockname()[1]
-
-
 def test_two_processes_give_the_metrics_of_one(lab):
     """`accelerate launch` with two CPU processes: halves of the same batches, the same weights up to rounding.
 
     40 training and 16 test examples, so that no batch is cut short: accelerate fills a short one with examples seen
     before, which `Trainer`'s loss then counts. `--multi_gpu` is how `accelerate launch` starts several processes on a
-    machine without GPUs too; with `--cpu` it starts one, unless there is MPI.
+    machine without GPUs too; with `--cpu` it starts one, unless there is MPI. The port is named: accelerate 1.4, which
+    is the oldest we admit, waits forever on port 0.
     """
     glue_folder(lab / "glue", ["sst2"], train=44)
     flags = {"aggregators": "fedex fedit", "train_sampling_strategy": "random"}
